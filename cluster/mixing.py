@@ -1,0 +1,201 @@
+"""Mixing and annotation over Ray Data: a shard's number goes through the actor pools, its images only through part files."""
+
+import pickle
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+
+from cluster.resources import Pool, pool_sizes
+from cluster.shards import Receipt, part_path, read_plan, write_part
+from csm import tables
+from csm.generators import Generator, load_generator
+from csm.mixing import mix
+from csm.reannotation import ANNOTATORS, Annotator, annotate
+from csm.sampling import SamplerConfig
+
+
+@dataclass(frozen=True)
+class MixJob:
+    """What a mixing actor needs; all paths are on storage that every node sees."""
+
+    plan: Path
+    generator: Path
+    mixed: Path
+    key: str
+    shape: tuple[int, int, int]
+    sampler: SamplerConfig
+    batch_size: int
+    shards: frozenset[int]
+
+
+@dataclass(frozen=True)
+class AnnotateJob:
+    """What an annotation actor needs for one annotator."""
+
+    name: str
+    plan: Path
+    mixed: Path
+    fitted: Path
+    members: tuple[Path, ...]
+    annotations: Path
+    key: str
+    shape: tuple[int, int, int]
+    n_classes: int
+    shards: frozenset[int]
+
+
+class MixShards:
+    """Actor: plan shard -> part file of mixed images. Passes the shard's number on, with a receipt for the part."""
+
+    def __init__(self, job: MixJob, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.job = job
+
+    @cached_property
+    def generator(self) -> Generator:
+        # Loaded with the first shard: what goes wrong in an actor's __init__ reaches the driver only as pages of text.
+        return load_generator(self.job.generator)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return _each_shard(batch, self._mix)
+
+    def _mix(self, shard: int) -> list[dict[str, Any]]:
+        job = self.job
+        if shard not in job.shards:
+            return []
+        started = time.monotonic()
+        frame = mix(read_plan(job.plan, shard), self.generator, job.shape, job.sampler, job.batch_size)
+        checksum = write_part(frame, job.mixed, shard, tables.MIXED, job.key)
+        return [_receipt("mixed", shard, len(frame), checksum, started)]
+
+
+class AnnotateShards:
+    """Actor: part file of mixed images -> one part file of annotations for each annotator; the images are read once."""
+
+    def __init__(self, jobs: Sequence[AnnotateJob], threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.jobs = jobs
+
+    @cached_property
+    def annotators(self) -> list[Annotator]:
+        return [ANNOTATORS[job.name].load(job.fitted, job.members) for job in self.jobs]
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return _each_shard(batch, self._annotate)
+
+    def _annotate(self, shard: int) -> list[dict[str, Any]]:
+        wanted = [(job, annotator) for job, annotator in zip(self.jobs, self.annotators, strict=True) if shard in job.shards]
+        if not wanted:
+            return []
+        plan = read_plan(wanted[0][0].plan, shard)
+        mixed = tables.read(part_path(wanted[0][0].mixed, shard), tables.MIXED)
+        receipts = []
+        for job, annotator in wanted:
+            started = time.monotonic()
+            frame = annotate(plan, mixed, annotator, job.shape, job.n_classes)
+            checksum = write_part(frame, job.annotations, shard, tables.annotations(job.n_classes), job.key)
+            receipts.append(_receipt(job.name, shard, len(frame), checksum, started))
+        return receipts
+
+
+def process_shards(
+    mix_job: MixJob | None,
+    annotate_jobs: Sequence[AnnotateJob],
+    mix_pool: Pool,
+    annotate_pool: Pool,
+    on_receipt: Callable[[Receipt], None],
+) -> None:
+    """Make the part files that are asked for; annotation of a shard starts as soon as that shard is mixed.
+
+    Needs a Ray session. Every worker writes its part beside and renames it, so a retried shard replaces itself by the same rows.
+
+    Args:
+        mix_job: shards to mix, or None.
+        annotate_jobs: shards to annotate; each must be mixed already or be in ``mix_job``.
+        mix_pool, annotate_pool: sizes.
+        on_receipt: called in the driver for every part file, as they are finished.
+
+    Raises:
+        InputError: the pools do not fit the cluster, or an input of a shard cannot be used.
+        Exception: whatever else the work on a shard raised.
+    """
+    pools = ({"mix": mix_pool} if mix_job else {}) | ({"annotate": annotate_pool} if annotate_jobs else {})
+    sizes = pool_sizes(pools, ray.cluster_resources())
+    shards = sorted((mix_job.shards if mix_job else frozenset()).union(*(job.shards for job in annotate_jobs)))
+    if not shards:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    rows = pa.Table.from_pylist([{"shard": shard, "receipts": [], "failure": None} for shard in shards], schema=_SCHEMA)
+    data = ray.data.from_arrow([rows.slice(number, 1) for number in range(len(rows))])  # a block for each shard
+    if mix_job:
+        data = _through(data, MixShards, {"job": mix_job, "threads": _threads(mix_pool)}, mix_pool, sizes["mix"])
+    if annotate_jobs:
+        arguments = {"jobs": tuple(annotate_jobs), "threads": _threads(annotate_pool)}
+        data = _through(data, AnnotateShards, arguments, annotate_pool, sizes["annotate"])
+    for row in data.iter_rows():
+        for receipt in row["receipts"]:
+            on_receipt(Receipt(**receipt))
+        if row["failure"] is not None:
+            raise pickle.loads(row["failure"])
+
+
+_RECEIPT = pa.struct(
+    [
+        ("part", pa.string()),
+        ("shard", pa.int64()),
+        ("rows", pa.int64()),
+        ("checksum", pa.string()),
+        ("seconds", pa.float64()),
+        ("node", pa.string()),
+    ]
+)
+_SCHEMA = pa.schema([("shard", pa.int64()), ("receipts", pa.list_(_RECEIPT)), ("failure", pa.binary())])
+
+
+def _each_shard(batch: pa.Table, work: Callable[[int], list[dict[str, Any]]]) -> pa.Table:
+    """Add the receipts of ``work(shard)`` to every row.
+
+    What it raises travels to the driver as a value: Ray Data would wrap it in an exception of its own, without the cause, and log pages.
+    """
+    rows = batch.to_pylist()
+    for row in rows:
+        if row["failure"] is not None:
+            continue
+        try:
+            row["receipts"] += work(row["shard"])
+        except Exception as error:
+            error.add_note(traceback.format_exc())  # for --debug
+            row["failure"] = pickle.dumps(error)
+    return pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+def _through(data: Any, actor: type, arguments: dict[str, Any], pool: Pool, size: tuple[int, int]) -> Any:
+    """Send ``data`` through a pool of ``actor``, one shard a call."""
+    return data.map_batches(
+        actor,
+        fn_constructor_kwargs=arguments,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=size[0], max_size=size[1]),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+    )
+
+
+def _threads(pool: Pool) -> int:
+    return max(1, round(pool.cpus))
+
+
+def _receipt(part: str, shard: int, rows: int, checksum: str, started: float) -> dict[str, Any]:
+    node = ray.get_runtime_context().get_node_id()
+    receipt = Receipt(part, shard, rows, checksum, round(time.monotonic() - started, 4), node)
+    return dict(receipt.__dict__)

@@ -1,0 +1,91 @@
+"""What each kind of worker takes of the cluster, and whether it fits."""
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from csm.errors import InputError
+
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Pool:
+    """An actor pool: between ``min_actors`` and ``max_actors`` (0: as many as fit), each with ``cpus`` and ``gpus`` (fractions allowed)."""
+
+    min_actors: int = Field(default=1, ge=1)
+    max_actors: int = Field(default=0, ge=0)
+    cpus: float = Field(default=1.0, gt=0)
+    gpus: float = Field(default=0.0, ge=0)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Group:
+    """A group of training workers: ``workers`` (0: as many as fit), each with ``cpus`` and ``gpus``."""
+
+    workers: int = Field(default=0, ge=0)
+    cpus: float = Field(default=1.0, gt=0)
+    gpus: float = Field(default=0.0, ge=0)
+
+
+@dataclass(frozen=True, config=STRICT)
+class ResourcesConfig:
+    """Resources of each stage that runs on Ray.
+
+    On two CPUs the defaults give two mixing actors and one annotation actor beside them.
+    """
+
+    mix: Pool = Pool(cpus=0.8)
+    annotate: Pool = Pool(cpus=0.2, max_actors=1)
+    train: Group = Group()
+
+
+def fits(cpus: float, gpus: float, total: dict[str, float]) -> int:
+    """How many workers of this size the cluster holds."""
+    by_cpu = int((total.get("CPU", 0.0) + 1e-6) // cpus)
+    return by_cpu if gpus == 0 else min(by_cpu, int((total.get("GPU", 0.0) + 1e-6) // gpus))
+
+
+def pool_sizes(pools: dict[str, Pool], total: dict[str, float]) -> dict[str, tuple[int, int]]:
+    """(minimum, maximum) actors of pools that run at once.
+
+    Every pool first gets its minimum; what is left goes to the pools with ``max_actors=0``, in order.
+
+    Args:
+        pools: name -> pool.
+        total: resources of the cluster, as ``ray.cluster_resources()`` gives them.
+
+    Raises:
+        InputError: the minima do not fit; the message has the arithmetic.
+    """
+    needed = {key: sum(p.min_actors * getattr(p, key) for p in pools.values()) for key in ("cpus", "gpus")}
+    for key, kind in (("cpus", "CPU"), ("gpus", "GPU")):
+        have = total.get(kind, 0.0)
+        if needed[key] > have + 1e-6:
+            sums = " + ".join(f"{name} {p.min_actors} x {getattr(p, key):g}" for name, p in pools.items())
+            raise InputError(
+                f"resources: {sums} = {needed[key]:g} {kind}, but the cluster has {have:g}; "
+                f"lower resources.*.{key} or resources.*.min_actors, or add nodes"
+            )
+    sizes = {}
+    for name, pool in pools.items():
+        others = {key: needed[key] - pool.min_actors * getattr(pool, key) for key in needed}
+        left = {"CPU": total.get("CPU", 0.0) - others["cpus"], "GPU": total.get("GPU", 0.0) - others["gpus"]}
+        room = fits(pool.cpus, pool.gpus, left)
+        most = max(pool.min_actors, min(pool.max_actors, room) if pool.max_actors else room)
+        sizes[name] = (pool.min_actors, most)
+        needed["cpus"] += (most - pool.min_actors) * pool.cpus
+        needed["gpus"] += (most - pool.min_actors) * pool.gpus
+    return sizes
+
+
+def group_size(group: Group, jobs: int, total: dict[str, float]) -> int:
+    """Number of workers of a training group for ``jobs`` trainings; ``InputError`` if not even one fits."""
+    room = fits(group.cpus, group.gpus, total)
+    wanted = group.workers or room
+    if room == 0 or wanted > room:
+        have = f"{total.get('CPU', 0.0):g} CPU and {total.get('GPU', 0.0):g} GPU"
+        raise InputError(
+            f"resources.train: {max(wanted, 1)} workers x ({group.cpus:g} CPU, {group.gpus:g} GPU) do not fit the cluster's {have}; "
+            "lower resources.train or add nodes"
+        )
+    return max(1, min(wanted, jobs))

@@ -1,0 +1,109 @@
+"""Connecting to Ray."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlparse
+
+import ray
+
+from csm.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and settings pass through it; images never do
+CONNECT_SECONDS = 5.0
+
+
+@contextmanager
+def session(address: str = "local", cpus: int | None = None) -> Iterator[None]:
+    """Connect to Ray for the length of the block.
+
+    Args:
+        address: ``local`` starts a Ray of its own on this machine and stops it afterwards; ``auto`` finds a running one; ``HOST:PORT``
+            and ``ray://HOST:PORT`` name one.
+        cpus: CPUs of a local Ray; None for all of this machine.
+
+    Raises:
+        InputError: nothing answers at ``address``.
+    """
+    _quieten()
+    if address == "local":
+        # Ray Data's own actors set off an error line about their constructor arguments (ray#53727) at every start. On a cluster the
+        # native log stays as it is: there it alone says that the connection to the head was lost.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # One machine is not preempted, and a group of small trainings should not wait two seconds to be found finished.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        with _native_stderr_muted():
+            ray.init(
+                address="local",
+                num_cpus=cpus or len(os.sched_getaffinity(0)),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    else:
+        require_answer(address)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"--address {address}: no Ray cluster can be joined there ({reason}); {_HINT}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+# How every gRPC conversation begins (RFC 9113, section 3.4): both sides send a SETTINGS frame, which is type 4.
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_HTTP2_SETTINGS = b"\x04"
+_HINT = "start one with `ray start --head`, or use --address local"
+
+
+def require_answer(address: str) -> None:
+    """Raise ``InputError`` within seconds if nobody listens at ``address``: Ray itself would wait for minutes."""
+    if address in ("local", "auto"):
+        return
+    parsed = urlparse(address if "://" in address else f"gcs://{address}")
+    try:
+        host, port = parsed.hostname, parsed.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port:
+        raise InputError(f"--address {address}: expected local, auto, HOST:PORT or ray://HOST:PORT")
+    try:
+        with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return  # the conversation is encrypted
+            connection.sendall(_HTTP2_HELLO)
+            answer = connection.recv(9)
+    except OSError as error:
+        raise InputError(f"--address {address}: nothing answers at {host} port {port} ({error}); {_HINT}") from None
+    if answer[3:4] != _HTTP2_SETTINGS:
+        raise InputError(f"--address {address}: what answers at {host} port {port} is not Ray; {_HINT}")
+
+
+@contextmanager
+def _native_stderr_muted() -> Iterator[None]:
+    """Drop what native code prints to stderr: ray.init announces the log level that ``_quieten`` sets. Exceptions still come."""
+    kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
+
+
+def _quieten() -> None:
+    """Ray's own progress bars and chatter give way to ours; warnings and errors stay."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,104 @@
+"""Many trainings in one Ray Train worker group."""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ray
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Empty, Queue
+
+from cluster.resources import Group, group_size
+from csm.errors import InputError
+from csm.runs import RunSpec, fit_run, is_finished
+
+
+class RunEvent(NamedTuple):
+    """What the driver hears of a training: an epoch's values, that it is done, or why it failed."""
+
+    run: str
+    kind: Literal["epoch", "done", "failed"]
+    epoch: int
+    values: dict[str, float]
+    error: str
+
+
+def fit_many(specs: Sequence[RunSpec], group: Group, directory: Path, name: str, on_event: Callable[[RunEvent], None]) -> None:
+    """Train every unfinished run of ``specs`` in one group of workers, each run by one worker.
+
+    A worker group costs seconds, so small trainings share one: worker r of n takes runs r, r + n, ... A lost worker restarts the
+    group, up to three times: finished runs stay, the others go on from their last state. A run that fails is reported and leaves the
+    others alone.
+
+    Args:
+        specs: the runs; their folders are on storage that every node sees.
+        group: size of the group.
+        directory: where Ray Train keeps its own records.
+        name: of the group, for those records.
+        on_event: called in the driver, in order for each run.
+
+    Raises:
+        InputError: the group does not fit the cluster.
+        RuntimeError: runs failed; the message names the first one and its error.
+    """
+    todo = [spec for spec in specs if not is_finished(spec)]
+    if not todo:
+        return
+    workers = group_size(group, len(todo), ray.cluster_resources())
+    events = Queue(actor_options={"num_cpus": 0})
+    trainer = TorchTrainer(
+        _train_share,
+        train_loop_config={"specs": todo, "events": events, "threads": max(1, round(group.cpus))},
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=group.gpus > 0,
+            resources_per_worker={"CPU": group.cpus} | ({"GPU": group.gpus} if group.gpus else {}),
+        ),
+        run_config=RunConfig(name=name, storage_path=str(directory.absolute()), failure_config=FailureConfig(max_failures=3)),
+    )
+    outcome: list[BaseException] = []
+    thread = threading.Thread(target=_keep_error, args=(trainer.fit, outcome), daemon=True)
+    thread.start()
+    failures: list[RunEvent] = []
+    try:
+        while thread.is_alive() or not events.empty():
+            try:
+                event = RunEvent(*events.get(timeout=0.5))
+            except Empty:
+                continue
+            on_event(event)
+            if event.kind == "failed":
+                failures.append(event)
+    finally:
+        events.shutdown(force=True)
+    if outcome:
+        raise outcome[0]
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {len(todo)} trainings failed; {failures[0].run}: {failures[0].error}")
+    unfinished = [spec.run for spec in todo if not is_finished(spec)]
+    if unfinished:
+        raise RuntimeError(f"{len(unfinished)} of {len(todo)} trainings did not finish, among them {unfinished[0]}: run again")
+
+
+def _train_share(config: dict[str, Any]) -> None:
+    """Worker: fit this rank's share of the runs."""
+    torch.set_num_threads(config["threads"])
+    events: Queue = config["events"]
+    context = get_context()
+    for spec in config["specs"][context.get_world_rank() :: context.get_world_size()]:
+        run = spec.run
+        try:
+            fit_run(spec, lambda epoch, values, run=run: events.put((run, "epoch", epoch, values, "")))  # type: ignore[misc]
+            events.put((run, "done", 0, {}, ""))
+        except (InputError, FloatingPointError, ValueError, RuntimeError, OSError) as error:
+            events.put((run, "failed", 0, {}, f"{type(error).__name__}: {error}"))
+
+
+def _keep_error(function: Callable[[], Any], outcome: list[BaseException]) -> None:
+    try:
+        function()
+    except BaseException as error:  # it is raised again in the caller's thread
+        outcome.append(error)

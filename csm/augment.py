@@ -1,0 +1,51 @@
+"""Augmentation of whole batches, on the device that holds them."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def random_shift(images: torch.Tensor, pixels: int, generator: torch.Generator) -> torch.Tensor:
+    """Translate each image by its own offset, uniform in -pixels..pixels on both axes; black comes in (zero-pad and crop).
+
+    Args:
+        images: (N, C, H, W) of any dtype.
+        pixels: largest offset, >= 0.
+        generator: on the CPU.
+
+    Returns:
+        (N, C, H, W), the same dtype.
+    """
+    if pixels == 0:
+        return images
+    count, _, height, width = images.shape
+    padded = F.pad(images, (pixels, pixels, pixels, pixels))
+    offsets = torch.randint(0, 2 * pixels + 1, (2, count), generator=generator).to(images.device)
+    rows = offsets[0, :, None] + torch.arange(height, device=images.device)  # (N, H)
+    columns = offsets[1, :, None] + torch.arange(width, device=images.device)  # (N, W)
+    batch = torch.arange(count, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def mixup(
+    images: torch.Tensor, target: torch.Tensor, alpha: float, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix each image with another of the batch, one ratio from Beta(alpha, alpha) for the batch (Zhang et al. 2018, eq. 1).
+
+    Args:
+        images: (N, C, H, W); converted to float.
+        target: class probabilities (N, K).
+        alpha: > 0; small values mix little.
+        generator: on the CPU.
+
+    Returns:
+        mixed images float32 (N, C, H, W) and mixed targets (N, K).
+    """
+    if alpha <= 0:
+        raise ValueError(f"alpha must be > 0, got {alpha}")
+    # torch draws a Beta only from its global generator; numpy draws one from a seed that comes out of ours.
+    seed = int(torch.randint(0, 2**31, (1,), generator=generator))
+    ratio = float(np.random.default_rng(seed).beta(alpha, alpha))
+    other = torch.randperm(len(images), generator=generator).to(images.device)
+    pixels = images.float()
+    return ratio * pixels + (1 - ratio) * pixels[other], ratio * target + (1 - ratio) * target[other]

@@ -1,0 +1,134 @@
+"""The `real` table and what is known of it: the form that every data set takes."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+
+from csm import storage, tables
+from csm.errors import InputError
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What ``dataset.json`` holds.
+
+    ``shape`` is (height, width, channels); ``mean`` and ``std`` are per channel in units of 1/255 (range [0, 1]), computed once from
+    the train split and used for every split; ``counts`` is images per split; ``digest`` identifies the pixels, labels and splits.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    counts: dict[str, int]
+    digest: str
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class RealDataset:
+    """A `real` table with its info."""
+
+    info: DatasetInfo
+    frame: pl.DataFrame
+
+    def split(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images uint8 (N, C, H, W) and labels int64 (N,) of split ``name``, in order of image_id."""
+        rows = self.frame.filter(pl.col("split") == name).sort("image_id")
+        labels = torch.from_numpy(rows["label"].to_numpy().astype(np.int64))
+        return tables.to_images(rows["image"], self.info.shape), labels
+
+    def save(self, directory: Path) -> None:
+        """Write ``real/part-00000.parquet`` and then ``dataset.json`` below ``directory``."""
+        tables.write(self.frame, directory / "real" / "part-00000.parquet", tables.REAL)
+        storage.write_json(directory / "dataset.json", asdict(self.info))
+
+    @staticmethod
+    def load_info(directory: Path) -> DatasetInfo:
+        """Read the info alone."""
+        return storage.read_record(directory / "dataset.json", DatasetInfo)
+
+    @classmethod
+    def load(cls, directory: Path) -> "RealDataset":
+        """Read what ``save`` wrote."""
+        info = cls.load_info(directory)
+        return cls(info, tables.read(directory / "real" / "part-00000.parquet", tables.REAL))
+
+
+def build(
+    name: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    splits: np.ndarray,
+    class_names: Sequence[str],
+) -> RealDataset:
+    """Make a `real` table from arrays and compute its statistics from the train split.
+
+    Args:
+        name: of the data set.
+        images: uint8 (N, H, W, C).
+        labels: integers (N,) in 0..K-1.
+        splits: strings (N,), each "train", "val" or "test".
+        class_names: K names.
+
+    Raises:
+        InputError: fewer than two classes, a class without a training image, or an empty split.
+    """
+    n_classes = len(class_names)
+    if n_classes < 2:
+        raise InputError(f"data set {name!r} has {n_classes} class ({', '.join(class_names)}): at least 2 are needed to mix")
+    for split in tables.SPLITS:
+        if not (splits == split).any():
+            raise InputError(f"data set {name!r} has no image in split {split!r}: give it more images or another split fraction")
+    train = images[splits == "train"].astype(np.float64) / 255.0
+    missing = sorted(set(range(n_classes)) - set(labels[splits == "train"].tolist()))
+    if missing:
+        raise InputError(f"data set {name!r}: class {class_names[missing[0]]!r} has no training image")
+    frame = pl.DataFrame(
+        {
+            "image_id": np.arange(len(images), dtype=np.uint32),
+            "split": pl.Series(splits.tolist(), dtype=tables.SPLIT),
+            "label": labels.astype(np.uint16),
+            "image": pl.Series([image.tobytes() for image in images], dtype=pl.Binary()),
+        }
+    )
+    # A constant channel would divide by zero; one level of 255 is the smallest spread that 8 bits can hold.
+    std = np.maximum(train.std(axis=(0, 1, 2)), 1 / 255)
+    content = (images.tobytes(), labels.astype(np.uint16).tobytes(), "".join(splits.tolist()).encode())
+    info = DatasetInfo(
+        name=name,
+        shape=(images.shape[1], images.shape[2], images.shape[3]),
+        class_names=tuple(class_names),
+        mean=tuple(train.mean(axis=(0, 1, 2)).tolist()),
+        std=tuple(std.tolist()),
+        counts={split: int((splits == split).sum()) for split in tables.SPLITS},
+        digest=storage.bytes_digest(*content),
+    )
+    return RealDataset(info, tables.check(frame, tables.REAL, name))
+
+
+def stratified_splits(labels: np.ndarray, val: float, test: float, seed: int) -> np.ndarray:
+    """Assign each of N labels to "train", "val" or "test" at random, class by class.
+
+    ``val`` and ``test`` are fractions of each class in [0, 1); every class keeps at least one training image. A pure function of
+    the labels and ``seed``.
+    """
+    if val < 0 or test < 0 or val + test >= 1:
+        raise ValueError(f"val and test must be fractions with val + test < 1, got {val} and {test}")
+    generator = np.random.default_rng(seed)
+    splits = np.full(len(labels), "train", dtype="<U5")
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        n_val, n_test = round(val * len(members)), round(test * len(members))
+        n_val, n_test = min(n_val, len(members) - 1), min(n_test, max(len(members) - 1 - n_val, 0))
+        splits[members[:n_val]] = "val"
+        splits[members[n_val : n_val + n_test]] = "test"
+    return splits

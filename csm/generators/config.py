@@ -1,0 +1,30 @@
+"""Settings of a generator and of its training."""
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class GeneratorConfig:
+    """A UNet2DModel and its training; the noise distribution is EDM's for CIFAR-10 (Karras et al. 2022, table 1).
+
+    Attributes:
+        block_channels: channels of each resolution, halved from one to the next.
+        steps: optimiser steps of ``batch_size`` images.
+        learning_rate: of AdamW, after a linear warm-up over the first 5 % of the steps, then falling to 0 as a cosine.
+        ema_halflife: images after which the running average of the weights has forgotten half.
+        p_mean, p_std: ln(sigma) ~ N(p_mean, p_std**2).
+        checkpoint_steps: how often the training state is kept.
+    """
+
+    block_channels: tuple[int, ...] = (32, 64)
+    layers_per_block: int = Field(default=1, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    steps: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    ema_halflife: int = Field(default=6000, ge=1)
+    p_mean: float = -1.2
+    p_std: float = Field(default=1.2, gt=0)
+    checkpoint_steps: int = Field(default=200, ge=1)
+    seed: int = Field(default=0, ge=0)

@@ -1,0 +1,43 @@
+"""Settings of a registered function, checked against its signature before anything runs."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from csm.errors import InputError
+
+
+def check_parameters(
+    function: Callable[..., Any], parameters: Mapping[str, Any], where: str, reserved: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return ``parameters`` converted to the types of ``function``'s arguments.
+
+    Settings are the arguments of a simple type (int, float, str, bool); the others are the function's data.
+
+    Args:
+        function: a registered function or class, for instance a loss.
+        parameters: setting -> value, as read from YAML.
+        where: the dotted key of the section, for the message.
+        reserved: simple arguments that the caller passes itself.
+
+    Raises:
+        InputError: unknown setting (the allowed ones are listed), a value of the wrong type, or a missing one without a default.
+    """
+    signature = inspect.signature(function).parameters
+    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    simple = [name for name in signature if hints.get(name) in (int, float, str, bool)]
+    settable = [name for name in simple if name not in reserved]
+    checked = {}
+    for key, value in parameters.items():
+        if key not in settable:
+            raise InputError(f"{where}.{key}: no such setting; allowed: {', '.join(settable) or 'none'}")
+        try:
+            checked[key] = TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            raise InputError(f"{where}.{key}: {error.errors()[0]['msg']}, got {value!r}") from None
+    for name in settable:
+        if signature[name].default is inspect.Parameter.empty and name not in parameters:
+            raise InputError(f"{where}.{name}: missing; set it, for example --set {where}.{name}=VALUE")
+    return checked

@@ -1,0 +1,177 @@
+"""One training run as files: what to train, from where, into which folder; resumable and done once."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, astuple, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+
+from csm import storage, tables
+from csm.classifiers import Classifier, ClassifierSpec, build_classifier
+from csm.datasets import RealDataset
+from csm.errors import InputError
+from csm.reannotation import Calibration, soft_labels
+from csm.schedules import MixedSet
+from csm.training import Method, OptimizerConfig, fit, predict
+
+STATE_SECONDS = 10.0  # between two saves of an unfinished training
+
+
+@dataclass(frozen=True)
+class MixedSource:
+    """Where the mixed images and their annotations lie."""
+
+    plan: Path
+    mixed: Path
+    annotations: Path
+    calibration: Path
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One classifier to train.
+
+    Attributes:
+        run: its name; ``method`` and ``seed`` say what it is.
+        directory: where its files go.
+        data: the folder that holds ``dataset.json`` and ``real/``.
+        network, parameters: see ``csm.classifiers.NETWORKS``.
+        settings, optimizer: how to train.
+        mixed: for methods with a mixed term.
+        fingerprint: of everything that the result depends on; a finished run with the same one is not trained again.
+    """
+
+    run: str
+    method: str
+    seed: int
+    directory: Path
+    data: Path
+    network: str
+    parameters: dict[str, Any]
+    settings: Method
+    optimizer: OptimizerConfig
+    mixed: MixedSource | None
+    fingerprint: str
+
+
+def is_finished(spec: RunSpec) -> bool:
+    """Whether ``spec.directory`` holds the finished run with this fingerprint (``run.json`` is written last)."""
+    record = spec.directory / "run.json"
+    value = storage.read_json(record) if record.is_file() else {}
+    return isinstance(value, dict) and value.get("fingerprint") == spec.fingerprint
+
+
+def fit_run(spec: RunSpec, on_epoch: Callable[[int, dict[str, float]], None] | None = None) -> None:
+    """Train the classifier of ``spec`` and write ``model.*``, ``predictions.parquet``, ``history.json`` and ``run.json``.
+
+    An unfinished run goes on from ``state.pt``; a finished one returns at once. The result depends on the spec, the files it names and
+    torch's number of threads only.
+    """
+    if is_finished(spec):
+        return
+    (spec.directory / "run.json").unlink(missing_ok=True)
+    state_path = spec.directory / "state.pt"
+    resumed = storage.read_state(state_path) if state_path.is_file() else None
+    if resumed is not None and resumed.get("fingerprint") != spec.fingerprint:
+        resumed = None  # it was interrupted under other settings
+    history: list[dict[str, float]] = resumed["history"] if resumed else []
+    spent = resumed["seconds"] if resumed else 0.0
+    started = saved = time.monotonic()
+
+    def record_epoch(epoch: int, values: dict[str, float]) -> None:
+        history.append({"epoch": epoch, **values})
+        if on_epoch:
+            on_epoch(epoch, values)
+
+    def save_state(training: dict[str, Any]) -> None:
+        nonlocal saved
+        now = time.monotonic()
+        if now - saved >= STATE_SECONDS:
+            state = {"fingerprint": spec.fingerprint, "history": history, "seconds": spent + now - started, "training": training}
+            storage.write_state(state_path, state)
+            saved = now
+
+    data = _dataset(spec.data, _stamp(spec.data / "dataset.json", spec.data / "real"))
+    classifier = new_classifier(spec, data)
+    fit(
+        classifier,
+        data.split("train"),
+        data.split("val"),
+        spec.settings,
+        spec.optimizer,
+        spec.seed,
+        mixed=_mixed_set(spec.mixed, data.info.shape, data.info.n_classes, _stamp(*astuple(spec.mixed))) if spec.mixed else None,
+        on_epoch=record_epoch,
+        save_state=save_state,
+        state=resumed["training"] if resumed else None,
+    )
+    classifier.save(spec.directory)
+    tables.write(
+        predictions(spec.run, classifier, data), spec.directory / "predictions.parquet", tables.predictions(data.info.n_classes)
+    )
+    storage.write_json(spec.directory / "history.json", history)
+    summary = {
+        "run": spec.run,
+        "method": spec.method,
+        "seed": spec.seed,
+        "fingerprint": spec.fingerprint,
+        "seconds": round(spent + time.monotonic() - started, 3),
+        "settings": asdict(spec.settings),
+        "optimizer": asdict(spec.optimizer),
+    }
+    storage.write_json(spec.directory / "run.json", summary)
+    state_path.unlink(missing_ok=True)
+
+
+def new_classifier(spec: RunSpec, data: RealDataset) -> Classifier:
+    """The classifier of ``spec`` before training: its weights are drawn from ``spec.seed``."""
+    info = data.info
+    torch.manual_seed(spec.seed)
+    return build_classifier(ClassifierSpec(spec.network, spec.parameters, info.shape[2], info.class_names, info.mean, info.std))
+
+
+def predictions(run: str, classifier: Classifier, data: RealDataset) -> pl.DataFrame:
+    """The `predictions` table of a classifier on the validation and test split."""
+    parts = []
+    schema = tables.predictions(data.info.n_classes)
+    for split in ("val", "test"):
+        rows = data.frame.filter(pl.col("split") == split).sort("image_id")
+        images, _ = data.split(split)
+        logits = pl.Series("logits", predict(classifier, images).numpy(), dtype=schema["logits"])
+        parts.append(rows.select(pl.lit(run).alias("run"), "split", "image_id", "label").with_columns(logits))
+    return pl.concat(parts)
+
+
+Stamp = tuple[tuple[str, int, int, int], ...]
+
+
+def _stamp(*paths: Path) -> Stamp:
+    """Identifies the files at ``paths`` and directly below them, as a cache key: made anew, they have another inode or time."""
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+    return tuple((str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()])
+
+
+@lru_cache(maxsize=1)
+def _dataset(directory: Path, stamp: Stamp) -> RealDataset:
+    return RealDataset.load(directory)
+
+
+@lru_cache(maxsize=2)
+def _mixed_set(source: MixedSource, shape: tuple[int, int, int], n_classes: int, stamp: Stamp) -> MixedSet:
+    """Read once for all runs of a process that share a source."""
+    plan = tables.read(source.plan, tables.PLAN)
+    mixed = _read_parts(source.mixed, tables.MIXED)
+    annotations = _read_parts(source.annotations, tables.annotations(n_classes))
+    calibration = storage.read_record(source.calibration, Calibration)
+    return MixedSet.join(plan, mixed, soft_labels(plan, annotations, n_classes, calibration), shape)
+
+
+def _read_parts(directory: Path, schema: tables.Schema) -> pl.DataFrame:
+    parts = sorted(directory.glob("part-*.parquet"))
+    if not parts:
+        raise InputError(f"{directory} holds no part file: run csm mix and csm annotate first")
+    return pl.concat([tables.read(part, schema) for part in parts])

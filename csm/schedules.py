@@ -1,0 +1,116 @@
+"""Mixing schedules: which mixed images accompany a batch of real ones."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import torch
+
+from csm import tables
+from csm.errors import InputError
+
+
+@dataclass(frozen=True)
+class MixedSet:
+    """Mixed images with their soft labels, ordered so that a set is a row.
+
+    Attributes:
+        images: uint8 (M, C, H, W).
+        labels: soft labels float32 (M, K).
+        rows: int64 (S, R): index into ``images`` of set s at ratio r, ratios rising from lam = 0 (class_b) to lam = 1 (class_a).
+        class_a, class_b: int64 (S,), the pair of each set.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    rows: torch.Tensor
+    class_a: torch.Tensor
+    class_b: torch.Tensor
+
+    @classmethod
+    def join(cls, plan: pl.DataFrame, mixed: pl.DataFrame, labels: pl.DataFrame, shape: tuple[int, int, int]) -> "MixedSet":
+        """Join on ``mix_id``; nothing is read from a row's position.
+
+        Args:
+            plan: the `plan` table.
+            mixed: the `mixed` table.
+            labels: columns mix_id and soft_label (Array(Float32, K)).
+            shape: (H, W, C).
+
+        Raises:
+            InputError: a planned image or its label is missing, or stands twice.
+        """
+        table = plan.join(mixed, on="mix_id", how="inner").join(labels, on="mix_id", how="inner")
+        missing = len(plan) - table["mix_id"].n_unique()
+        if missing:
+            raise InputError(f"{missing} of {len(plan)} planned images are not mixed and annotated: run csm mix and csm annotate")
+        if len(table) > len(plan):
+            raise InputError(
+                "some mixed images or annotations stand twice: remove their part files, run csm mix and csm annotate"
+            )
+        table = table.sort("group", "class_a", "class_b", "step")
+        sets = table.group_by("group", "class_a", "class_b", maintain_order=True).len()
+        steps = int(sets["len"].max())  # type: ignore[arg-type]
+        return cls(
+            images=tables.to_images(table["image"], shape),
+            labels=torch.from_numpy(table["soft_label"].to_numpy().astype(np.float32)),
+            rows=torch.arange(len(table)).view(len(sets), steps),
+            class_a=torch.from_numpy(sets["class_a"].to_numpy().astype(np.int64)),
+            class_b=torch.from_numpy(sets["class_b"].to_numpy().astype(np.int64)),
+        )
+
+
+class Schedule:
+    """Draws mixed images for real ones; holds the index of sets by class, which is built once.
+
+    ``draw(labels, generator)`` takes the labels int64 (B,) of a real batch and gives indices int64 (B * per_real,) into
+    ``MixedSet.images``.
+    """
+
+    def __init__(self, rule: str, per_real: int, mixed: MixedSet, n_classes: int) -> None:
+        if rule not in SCHEDULES:
+            raise InputError(f"schedule: unknown {rule!r}; one of {', '.join(SCHEDULES)}")
+        self._rule = SCHEDULES[rule]
+        self._per_real = per_real
+        self._mixed = mixed
+        holds = [((mixed.class_a == k) | (mixed.class_b == k)).nonzero().flatten() for k in range(n_classes)]
+        self._sizes = torch.tensor([len(sets) for sets in holds])
+        self._sets = torch.nn.utils.rnn.pad_sequence(holds, batch_first=True)  # (K, most sets of a class)
+
+    def draw(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return self._rule(self, labels, generator)
+
+    def pair(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The paper's rule: one set whose pair holds the class; from it the class's own endpoint and interior images.
+
+        A set of two ratios has no interior: its endpoint stands in.
+        """
+        if (self._sizes[labels] == 0).any():
+            raise InputError("schedule 'pair' needs a mixed pair for every class: widen plan.pairs or take schedule 'interior'")
+        pick = (torch.rand(len(labels), generator=generator) * self._sizes[labels]).long()
+        sets = self._sets[labels, pick]  # (B,)
+        last = self._mixed.rows.shape[1] - 1
+        own = torch.where(self._mixed.class_a[sets] == labels, last, 0)  # lam = 1 is class_a
+        shape = (self._per_real - 1, len(labels))
+        interior = torch.randint(1, last, shape, generator=generator) if last > 1 else own.expand(shape)
+        steps = torch.cat([own[None], interior])  # (per_real, B)
+        return self._mixed.rows[sets, steps].flatten()
+
+    def uniform(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Any mixed image, whatever the classes of the real ones."""
+        return torch.randint(0, len(self._mixed.images), (len(labels) * self._per_real,), generator=generator)
+
+    def interior(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Any mixed image that is not an endpoint of its set."""
+        rows = self._mixed.rows[:, 1:-1].flatten()
+        if len(rows) == 0:
+            raise InputError("schedule 'interior' needs plan.ratios of at least 3")
+        return rows[torch.randint(0, len(rows), (len(labels) * self._per_real,), generator=generator)]
+
+
+SCHEDULES: dict[str, Callable[[Schedule, torch.Tensor, torch.Generator], torch.Tensor]] = {
+    "pair": Schedule.pair,
+    "uniform": Schedule.uniform,
+    "interior": Schedule.interior,
+}

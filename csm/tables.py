@@ -1,0 +1,122 @@
+"""Every table of the product: its columns, a check, and reading and writing it as parquet (zstd).
+
+A table is a polars frame. Whoever writes one checks it, whoever reads one checks it again, so a column has one meaning everywhere.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import polars as pl
+import torch
+
+from csm.errors import InputError
+from csm.storage import replacing
+
+Schema: TypeAlias = Mapping[str, pl.DataType]
+
+# polars panics, which is no Exception, for some damaged footers.
+_UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
+
+SPLITS = ("train", "val", "test")
+SPLIT = pl.Enum(SPLITS)
+
+REAL: Schema = {
+    "image_id": pl.UInt32(),
+    "split": SPLIT,
+    "label": pl.UInt16(),
+    "image": pl.Binary(),  # raw uint8, height x width x channels
+}
+PLAN: Schema = {
+    "mix_id": pl.String(),
+    "shard": pl.UInt32(),
+    "group": pl.UInt32(),  # index of the set within its pair
+    "seed": pl.Int64(),  # of the initial noise: one per set, so all ratios of a set start from the same noise
+    "class_a": pl.UInt16(),
+    "class_b": pl.UInt16(),
+    "step": pl.UInt8(),
+    "lam": pl.Float32(),  # share of class_a that goes in
+}
+MIXED: Schema = {"mix_id": pl.String(), "image": pl.Binary()}
+METRICS: Schema = {
+    "run": pl.String(),
+    "method": pl.String(),
+    "seed": pl.Int64(),
+    "split": SPLIT,
+    "fitted": pl.Boolean(),  # after temperature scaling
+    "temperature": pl.Float32(),
+    "metric": pl.String(),
+    "bins": pl.UInt16(),
+    "value": pl.Float64(),
+}
+
+
+def annotations(n_classes: int) -> Schema:
+    """Columns of ``annotations/ANNOTATOR/part-*``; ``log_posterior`` is null for annotators that know only the pair."""
+    return {"mix_id": pl.String(), "lam_raw": pl.Float32(), "log_posterior": pl.Array(pl.Float32(), n_classes)}
+
+
+def predictions(n_classes: int) -> Schema:
+    """Columns of ``runs/RUN/predictions.parquet``."""
+    return {
+        "run": pl.String(),
+        "split": SPLIT,
+        "image_id": pl.UInt32(),
+        "label": pl.UInt16(),
+        "logits": pl.Array(pl.Float32(), n_classes),
+    }
+
+
+def check(frame: pl.DataFrame, schema: Schema, where: str = "table") -> pl.DataFrame:
+    """Return ``frame`` if its columns and dtypes are those of ``schema``, in order; else raise ``InputError`` naming the column."""
+    if frame.columns != list(schema):
+        raise InputError(f"{where}: expected columns {list(schema)}, got {frame.columns}")
+    for name, dtype in schema.items():
+        if frame.schema[name] != dtype:
+            raise InputError(f"{where}: column {name!r} should be {dtype}, got {frame.schema[name]}")
+    return frame
+
+
+def write(frame: pl.DataFrame, path: Path, schema: Schema, metadata: dict[str, str] | None = None) -> None:
+    """Check ``frame`` and write it to ``path`` atomically, with ``metadata`` in the file's footer."""
+    check(frame, schema, str(path))
+    with replacing(path) as temporary:
+        frame.write_parquet(temporary, compression="zstd", metadata=metadata)
+
+
+def read(path: Path, schema: Schema) -> pl.DataFrame:
+    """Read and check the table at ``path``; ``InputError`` names a file that is missing, truncated or of another schema."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        frame = pl.read_parquet(path)
+    except _UNREADABLE as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path} is not a whole parquet file ({reason}): remove it and run again") from None
+    return check(frame, schema, str(path))
+
+
+def metadata(path: Path) -> dict[str, str] | None:
+    """Return the footer metadata of the parquet file at ``path``, or None if it is missing or not a whole parquet file."""
+    try:
+        return dict(pl.read_parquet_metadata(path))
+    except _UNREADABLE:
+        return None
+
+
+def to_images(column: pl.Series, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Decode a Binary column of raw pixels: uint8 (N, C, H, W) from N cells of H * W * C bytes, ``shape`` = (H, W, C)."""
+    height, width, channels = shape
+    size = height * width * channels
+    lengths = column.bin.size()
+    if not lengths.eq_missing(size).all():
+        raise InputError(f"image bytes: expected {size} per image for shape {shape}, got {lengths.unique().sort().to_list()[:5]}")
+    pixels = np.frombuffer(b"".join(column.to_list()), dtype=np.uint8).reshape(-1, height, width, channels)
+    return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous()  # (N, C, H, W)
+
+
+def from_images(images: torch.Tensor) -> pl.Series:
+    """Encode uint8 images (N, C, H, W) as the Binary column that ``to_images`` reads."""
+    rows = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (N, H, W, C)
+    return pl.Series("image", [row.tobytes() for row in rows], dtype=pl.Binary())

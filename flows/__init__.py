@@ -1,0 +1,1 @@
+"""What a user runs: the command line, configurations, workspaces, tracking and the report."""

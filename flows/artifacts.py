@@ -1,0 +1,162 @@
+"""The workspace: where each artifact lies, which stage made it, and whether it is still what the configuration asks for."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from csm import storage
+from csm.errors import InputError
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What ``stages/NAME.json`` holds.
+
+    Attributes:
+        name: of the stage.
+        fingerprint: of ``settings``, ``code_version`` and ``inputs``: equal fingerprints give equal results.
+        settings: the part of the configuration that the stage depends on.
+        inputs: stage -> digest of what it made.
+        done: False while it runs (or was interrupted).
+        digest: of what it made.
+        rows: how many rows (images, runs, ...) it made.
+        seconds: it took, over all its sessions.
+    """
+
+    name: str
+    fingerprint: str
+    settings: dict[str, Any]
+    code_version: int
+    inputs: dict[str, str]
+    done: bool = False
+    digest: str = ""
+    rows: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths below one folder."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "dataset.json"
+
+    @property
+    def generator(self) -> Path:
+        return self.root / "generator"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.parquet"
+
+    @property
+    def mixed(self) -> Path:
+        return self.root / "mixed"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.parquet"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def annotator(self, name: str) -> Path:
+        """Folder of a fitted annotator."""
+        return self.root / "annotators" / name
+
+    def teacher_member(self, number: int) -> Path:
+        """Folder of one classifier of the teacher; member 0 is also the encoder."""
+        return self.root / "annotators" / "members" / f"{number:02d}"
+
+    def annotations(self, name: str) -> Path:
+        return self.root / "annotations" / name
+
+    def run(self, name: str) -> Path:
+        return self.root / "runs" / name
+
+    def record(self, stage: str) -> StageRecord | None:
+        """The record of ``stage``, or None if it never started here."""
+        path = self._record_path(stage)
+        return storage.read_record(path, StageRecord) if path.is_file() else None
+
+    def write_record(self, record: StageRecord) -> None:
+        storage.write_json(self._record_path(record.name), asdict(record))
+
+    def drop(self, stage: str, outputs: list[Path]) -> None:
+        """Remove what ``stage`` made, its record first."""
+        self._record_path(stage).unlink(missing_ok=True)
+        for path in outputs:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _record_path(self, stage: str) -> Path:
+        return self.root / "stages" / f"{stage}.json"
+
+
+@contextmanager
+def open_workspace(root: Path, create: bool = True) -> Iterator[Workspace]:
+    """Make or open the workspace at ``root`` and keep it to this process until the block ends.
+
+    Raises:
+        InputError: it cannot be written, it is a file, it does not exist and ``create`` is False, or another process works in it.
+    """
+    if "://" in str(root) or str(root).split("/", 1)[0].endswith(":"):
+        raise InputError(f"--workspace {root}: URLs are not supported yet; give a folder that every node sees")
+    if not create and not root.is_dir():
+        raise InputError(f"--workspace {root}: does not exist; run `csm run --workspace {root}` first")
+    is_new = not root.exists()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise InputError(f"--workspace {root}: cannot be written ({error.strerror}); choose another folder") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise InputError(f"--workspace {root}: process {holder} works in it; wait for it or choose another folder") from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        _remove_temporaries(root)
+        yield Workspace(root)
+    finally:
+        if is_new and os.listdir(root) == [".lock"]:  # the command was refused: leave nothing behind
+            os.unlink(root / ".lock")
+            root.rmdir()
+        os.close(lock)
+
+
+def _remove_temporaries(root: Path) -> None:
+    """Remove what a killed process wrote beside its files (`storage.replacing`) and could not rename any more."""
+    if (root / "stages").is_dir():
+        folders = [root / name for name in ("stages", "real", "generator", "mixed", "annotations", "annotators", "runs")]
+        for path in [*root.glob(".*.tmp"), *(path for folder in folders for path in folder.rglob(".*.tmp"))]:
+            path.unlink(missing_ok=True)
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Changed settings as "dotted.key old -> new"."""
+    changed = []
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changed += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changed.append(f"{prefix}{key} {old} -> {new}")
+    return changed

@@ -1,0 +1,188 @@
+"""The command line: `csm VERB`."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+# Two processes that share cores wait asleep, not spinning: a spinning thread holds the core that the others need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+SHARED_OPTIONS = (
+    click.option("--config", default="demo", show_default=True, help="Name of a bundled configuration, or a .yaml file."),
+    click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting, e.g. train.seeds=5; repeatable."
+    ),
+    click.option(
+        "--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True, help="Where all goes."
+    ),
+    click.option(
+        "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
+    ),
+    click.option(
+        "--force", "forced", multiple=True, metavar="STAGE", help="Do a stage again though nothing changed; repeatable."
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+
+
+class _Commands(click.Group):
+    """Turns our errors into one line and an exit code, for every verb."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = "--debug" in sys.argv
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort, click.ClickException):
+            raise
+        except KeyboardInterrupt:
+            click.echo("csm: interrupted; run the same command again to go on", err=True)
+            raise SystemExit(130) from None
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            raise SystemExit(_explain(error)) from None
+
+
+def _explain(error: Exception) -> int:
+    """Print ``error`` as one line and return the exit code: 2 for what the user gave, 1 for a failure."""
+    from csm.errors import InputError
+
+    line = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, InputError):
+        click.echo(f"csm: {line}", err=True)
+        return 2
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f" {error.filename}" if error.filename else ""
+        click.echo(
+            f"csm:{where}: {error.strerror}; free space or change permissions, then run the same command again to go on", err=True
+        )
+        return 2
+    click.echo(f"csm: failed: {type(error).__name__}: {line[:1000]} (--debug shows where; the same command goes on)", err=True)
+    return 1
+
+
+def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(SHARED_OPTIONS):
+        function = option(function)
+    return function
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="csm")
+def cli() -> None:
+    """Calibration-aware semantic mixing: make data that says "this could be either", and train classifiers on it."""
+
+
+def _add_verb(verb: str, text: str) -> None:
+    @cli.command(verb, help=text)
+    @_shared
+    def command(
+        config: str,
+        overrides: tuple[str, ...],
+        workspace: Path,
+        address: str,
+        forced: tuple[str, ...],
+        as_json: bool,
+        debug: bool,
+    ) -> None:
+        from csm.errors import InputError
+        from flows.config import load_config
+
+        started = time.monotonic()
+        resolved = load_config(config, overrides)  # before the rest is imported: a wrong name is told sooner
+        from flows.run import STAGES, results_table, run_verb
+
+        for stage in forced:
+            if stage not in STAGES:
+                raise InputError(f"--force {stage}: unknown stage; one of {', '.join(STAGES)}")
+        line = " ".join(["csm", *sys.argv[1:]])
+        result = run_verb(verb, resolved, workspace, address, line, forced)
+        result["seconds"] = round(time.monotonic() - started, 3)
+        if verb in ("run", "evaluate", "report") and result["metrics"]:
+            _print_table(results_table(resolved, Path(result["metrics"])))
+        if verb in ("run", "report") and result["report"]:
+            click.echo(f"report: {result['report']}")
+        if as_json:
+            click.echo(json.dumps(result))
+
+
+_add_verb("prepare", "Read the data set into the workspace: splits, statistics, one table.")
+_add_verb("fit-generator", "Train the class-conditional diffusion model on the train split.")
+_add_verb("plan", "Write down every image to mix: pair of classes, ratio, noise.")
+_add_verb("mix", "Make the mixed images of the plan, over Ray.")
+_add_verb("annotate", "Fit the annotators and give every mixed image its confidence, over Ray.")
+_add_verb("train", "Train a classifier for every method and seed, over Ray.")
+_add_verb("evaluate", "Measure accuracy and calibration, before and after temperature scaling.")
+_add_verb("report", "Write report.html: table, reliability, mixed images.")
+_add_verb("run", "All of it: from the data to the report. What is already done is reused.")
+
+
+@cli.command(help="Open the MLflow UI on the workspace's runs.")
+@click.option("--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def ui(workspace: Path, host: str, port: int, debug: bool) -> None:
+    from flows.ui import serve
+
+    serve(workspace, host, port)
+
+
+@cli.command(help="Check this machine, the installation and, with --address, a Ray cluster.")
+@click.option("--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True)
+@click.option("--address", default="local", show_default=True, help="Ray: local, auto, HOST:PORT or ray://HOST:PORT.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def doctor(workspace: Path, address: str, as_json: bool, debug: bool) -> None:
+    from flows.doctor import diagnose, show
+
+    findings = diagnose(workspace, address)
+    show(findings)
+    if as_json:
+        click.echo(json.dumps(findings))
+    if findings["problems"]:
+        raise SystemExit(1)
+
+
+@cli.group(help="Speed, as a ratio against a named baseline measured in the same run.")
+def bench() -> None: ...
+
+
+@bench.command(help="Mixing through Ray Data against a bare loop of the same work.")
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Length of the bare loop.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def overhead(seconds: float, as_json: bool, debug: bool) -> None:
+    from flows.bench import BENCHMARKS
+
+    result = BENCHMARKS["overhead"](seconds)
+    for key, value in result.items():
+        click.echo(f"{key:<18}{value}")
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    cli.main(args=list(arguments) if arguments is not None else None, prog_name="csm")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Configurations: YAML over the defaults, checked as a whole before anything runs."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.resources import files
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from cluster.resources import ResourcesConfig
+from csm.classifiers import NETWORKS
+from csm.datasets import DATASETS
+from csm.errors import InputError
+from csm.generators.config import GeneratorConfig
+from csm.losses import HARD, SOFT, build_loss
+from csm.parameters import check_parameters
+from csm.planning import PlanConfig
+from csm.reannotation import ANNOTATORS
+from csm.sampling import SamplerConfig
+from csm.schedules import SCHEDULES
+from csm.training import Method, OptimizerConfig
+
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=STRICT)
+class MixConfig:
+    """Solver and batch: rows that go through the generator together."""
+
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    batch_size: int = Field(default=256, ge=1)
+
+
+@dataclass(frozen=True, config=STRICT)
+class AnnotateConfig:
+    """Annotators to run, number of classifiers in the teacher (the first is also the encoder), s of the projection."""
+
+    annotators: tuple[str, ...] = ("projection", "teacher")
+    members: int = Field(default=4, ge=1)
+    scale: float = Field(default=4.0, gt=0)
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    """Classifiers to train: every method of ``compare`` (empty: all) with seeds 0..seeds-1."""
+
+    methods: dict[str, Method]
+    compare: tuple[str, ...] = ()
+    seeds: int = Field(default=3, ge=1)
+    network: str = "small-cnn"
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+
+    @property
+    def chosen(self) -> dict[str, Method]:
+        return {name: self.methods[name] for name in self.compare or self.methods}
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluateConfig:
+    """Number of bins of ECE and AECE."""
+
+    bins: int = Field(default=15, ge=1, le=1000)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    """A whole run. ``data`` is ``source`` and the parameters of that source."""
+
+    name: str
+    data: dict[str, Any]
+    train: TrainConfig
+    description: str = ""
+    generator: GeneratorConfig = Field(default_factory=GeneratorConfig)
+    plan: PlanConfig = Field(default_factory=PlanConfig)
+    mix: MixConfig = Field(default_factory=MixConfig)
+    annotate: AnnotateConfig = Field(default_factory=AnnotateConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; loading it gives an equal one."""
+        values = plain(asdict(self))
+        return yaml.safe_dump(_without_defaults(_read_bundled("default"), values), sort_keys=False, allow_unicode=True)
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Return configuration ``name``, laid over ``default.yaml``, with ``overrides`` of the form ``dotted.key=value`` (YAML values).
+
+    Args:
+        name: of a bundled configuration, or a path that ends in .yaml or .yml.
+
+    Raises:
+        InputError: unknown name, unreadable YAML, unknown key, wrong type or value out of range; the message names the dotted key.
+    """
+    given = _read(name)
+    given.setdefault("name", Path(name).stem)
+    values = _merge(_read_bundled("default"), given)
+    for override in overrides:
+        values = _merge(values, _parse_override(override))
+    return _validate(_without_null(values))
+
+
+def config_names() -> list[str]:
+    """Names of the bundled configurations."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in files("flows.configs").iterdir() if entry.name.endswith(".yaml"))
+
+
+def plain(value: Any) -> Any:
+    """``value`` with tuples as lists and paths as strings, all the way down: what JSON and YAML can hold."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise InputError(f"--config {name}: the file does not exist")
+        return _parse(path.read_text(encoding="utf-8", errors="replace"), name)
+    if name == "default" or name not in config_names():
+        names = ", ".join(known for known in config_names() if known != "default")
+        raise InputError(f"--config {name}: unknown configuration; give a .yaml file or one of {names}")
+    return _read_bundled(name)
+
+
+def _read_bundled(name: str) -> dict[str, Any]:
+    return _parse(files("flows.configs").joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name)
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"--config {name}: expected a mapping of sections, got {type(value).__name__}")
+    return value
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, separator, text = override.partition("=")
+    if not separator or not key or not all(key.split(".")):
+        raise InputError(f"--set {override}: expected dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: the value is not valid YAML") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``, mapping by mapping; null removes a key. ``data`` with another source replaces it whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(below, Mapping) and isinstance(value, Mapping) and not _other_source(key, below, value):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _without_null(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` without the keys that are null because there was nothing below them to remove."""
+    kept = {key: value for key, value in values.items() if value is not None}
+    return {key: _without_null(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+
+
+def _without_defaults(default: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``_merge`` has to lay on ``default`` to get ``values``: keys of ``default`` that ``values`` lacks are null."""
+    over = {**values, **{key: None for key in default if key not in values}}
+    for key, below in default.items():
+        value = over[key]
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and not _other_source(key, below, value):
+            over[key] = _without_defaults(below, value)
+    return over
+
+
+def _other_source(key: str, below: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    return key == "data" and "source" in value and value["source"] != below.get("source")
+
+
+def _validate(values: dict[str, Any]) -> Config:
+    try:
+        config = TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        raise InputError(_explain(error.errors())) from None
+    return _check_names(config)
+
+
+def _check_names(config: Config) -> Config:
+    """Names and parameters that a registry knows, checked before hours of work rather than after; parameters get their types."""
+    source = config.data.get("source")
+    if source not in DATASETS:
+        raise InputError(f"data.source: unknown {source!r}; one of {', '.join(DATASETS)}")
+    data = check_parameters(DATASETS[source], {key: value for key, value in config.data.items() if key != "source"}, "data")
+    _known("train.network", config.train.network, NETWORKS)
+    network = NETWORKS[config.train.network]
+    parameters = check_parameters(network, config.train.parameters, "train.parameters", reserved=("channels", "n_classes"))
+    sampler = config.mix.sampler
+    if sampler.sigma_min >= sampler.sigma_max:
+        raise InputError(f"mix.sampler.sigma_min: expected less than sigma_max {sampler.sigma_max:g}, got {sampler.sigma_min:g}")
+    for annotator in config.annotate.annotators:
+        _known("annotate.annotators", annotator, ANNOTATORS)
+    for name in config.train.compare:
+        _known("train.compare", name, config.train.methods)
+    for name, method in config.train.methods.items():
+        where = f"train.methods.{name}"
+        build_loss(HARD, method.loss, dict(method.parameters), where + (".parameters" if method.loss in HARD else ".loss"))
+        if method.mixed:
+            _known(f"{where}.mixed.loss", method.mixed.loss, SOFT)
+            _known(f"{where}.mixed.schedule", method.mixed.schedule, SCHEDULES)
+            if name in config.train.chosen:
+                _known(f"{where}.mixed.annotator", method.mixed.annotator, config.annotate.annotators)
+    return replace(config, data={"source": source, **data}, train=replace(config.train, parameters=parameters))
+
+
+def _known(where: str, name: str, names: Any) -> None:
+    if name not in names:
+        raise InputError(f"{where}: unknown {name!r}; one of {', '.join(names)}")
+
+
+def _explain(errors: Sequence[Any]) -> str:
+    """One line for pydantic's first error, with the dotted key and, for an unknown one, the keys that are allowed."""
+    error = errors[0]
+    path = [str(part) for part in error["loc"]]
+    if error["type"] == "unexpected_keyword_argument":
+        allowed = ", ".join(_keys(path[:-1]))
+        return f"{'.'.join(path)}: no such setting; allowed: {allowed}"
+    if error["type"] == "missing":
+        return f"{'.'.join(path)}: missing; it must be set"
+    # pydantic has an error for each alternative of a union, and ends its path with the alternative; the user knows only the key.
+    while path and not _keys(path[:-1], path[-1]) and len(path) > 1:
+        path.pop()
+    alternatives = [other["msg"] for other in errors if [str(part) for part in other["loc"][: len(path)]] == path]
+    reason = " or ".join(dict.fromkeys(alternatives)).replace("valid tuple", "valid list")  # YAML has no tuples
+    return f"{'.'.join(path)}: {reason}, got {error['input']!r}"
+
+
+def _keys(path: Sequence[str], last: str | None = None) -> list[str]:
+    """Setting names of the section at ``path``; with ``last``, only that one if it is a setting there."""
+    kind: Any = Config
+    for part in path:
+        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        kind = _section(hints[part]) if part in hints else (_section(get_args(kind)[1]) if get_origin(kind) is dict else None)
+    if not dataclasses.is_dataclass(kind):
+        return [last] if last is not None and get_origin(kind) is dict else []
+    names = [field.name for field in dataclasses.fields(kind)]
+    return names if last is None else [name for name in names if name == last]
+
+
+def _section(hint: Any) -> Any:
+    """The dataclass in ``X | None``, or the hint itself."""
+    if get_origin(hint) in (Union, UnionType):
+        return next((item for item in get_args(hint) if dataclasses.is_dataclass(item)), hint)
+    return hint

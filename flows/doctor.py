@@ -1,0 +1,126 @@
+"""doctor: what this installation has, what it can reach, and what is wrong with it."""
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from csm import __version__
+from csm.classifiers import NETWORKS
+from csm.datasets import DATASETS
+from csm.errors import InputError
+from csm.generators import GENERATORS
+from csm.losses import HARD, SOFT
+from csm.metrics import METRICS
+from csm.reannotation import ANNOTATORS
+from csm.schedules import SCHEDULES
+from flows.config import config_names
+from flows.report import machine
+
+PACKAGES = ("torch", "diffusers", "ray", "mlflow", "polars", "pyarrow", "pydantic", "safetensors", "click")
+FREE_BYTES = 2 * 2**30  # the demo needs about a tenth of it
+
+
+def diagnose(workspace: Path, address: str) -> dict[str, Any]:
+    """Look at packages, disk, workspace and Ray; ``problems`` is a list of lines, each with what to do (empty: all is well)."""
+    problems: list[str] = []
+    versions = {name: _version(name) for name in PACKAGES}
+    problems += [f"package {name} is not installed: run `make setup`" for name, found in versions.items() if found is None]
+    return {
+        "csm": __version__,
+        "machine": machine(),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "packages": versions,
+        "workspace": _check_workspace(workspace, problems),
+        "ray": _check_ray(address, problems),
+        "configs": [name for name in config_names() if name != "default"],
+        "datasets": list(DATASETS),
+        "generators": list(GENERATORS),
+        "annotators": list(ANNOTATORS),
+        "networks": list(NETWORKS),
+        "losses": list(HARD),
+        "soft_losses": list(SOFT),
+        "schedules": list(SCHEDULES),
+        "metrics": list(METRICS),
+        "problems": problems,
+    }
+
+
+def show(findings: dict[str, Any]) -> None:
+    """Print the findings for a person."""
+    for key in ("csm", "machine", "executable"):
+        print(f"{key:<12}{findings[key]}")
+    for name, found in findings["packages"].items():
+        print(f"{name:<12}{found or 'MISSING'}")
+    print(f"{'workspace':<12}{findings['workspace']['path']}: {findings['workspace']['state']}")
+    ray = findings["ray"]
+    print(f"{'ray':<12}{ray['address']}: {ray['state']}")
+    for key in ("configs", "datasets", "generators", "annotators", "networks", "losses", "soft_losses", "schedules", "metrics"):
+        print(f"{key:<12}{', '.join(findings[key])}")
+    for problem in findings["problems"]:
+        print(f"problem: {problem}")
+    print("all is well" if not findings["problems"] else f"{len(findings['problems'])} problem(s)")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _check_workspace(workspace: Path, problems: list[str]) -> dict[str, Any]:
+    """Whether files can be written there, really tried, and how much room there is."""
+    existing = workspace.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"csm")
+    except OSError as error:
+        problems.append(f"workspace {workspace}: cannot be written ({error.strerror}): choose another folder")
+        return {"path": str(workspace), "state": "not writable", "free_bytes": None}
+    free = shutil.disk_usage(existing).free
+    if free < FREE_BYTES:
+        problems.append(f"workspace {workspace}: only {free / 2**30:.1f} GiB free: make room or choose another disk")
+    state = "made" if (workspace / "stages").is_dir() else "not made yet"
+    return {"path": str(workspace), "state": f"{state}, {free / 2**30:.0f} GiB free", "free_bytes": free}
+
+
+def _host() -> str:
+    return os.uname().nodename
+
+
+def _check_ray(address: str, problems: list[str]) -> dict[str, Any]:
+    """Join or start Ray and run one task."""
+    import ray
+
+    from cluster.session import session
+
+    started = time.monotonic()
+    try:
+        with session(address):
+            joined = time.monotonic()
+            host = ray.get(ray.remote(num_cpus=0.1)(_host).remote())
+            first = time.monotonic()
+            resources = ray.cluster_resources()
+            nodes = sum(node["Alive"] for node in ray.nodes())
+    except InputError as error:
+        problems.append(str(error))
+        return {"address": address, "state": "not reached"}
+    return {
+        "address": address,
+        "state": f"{nodes} node(s), {resources.get('CPU', 0):g} CPU, {resources.get('GPU', 0):g} GPU; first task after "
+        f"{first - joined:.1f} s on {host}",
+        "nodes": nodes,
+        "cpus": resources.get("CPU", 0),
+        "gpus": resources.get("GPU", 0),
+        "connect_seconds": round(joined - started, 2),
+        "first_task_seconds": round(first - joined, 2),
+    }

@@ -1,0 +1,149 @@
+"""report: everything that the workspace holds -> report.html, one file."""
+
+import os
+import platform
+from datetime import UTC, datetime
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from cluster.shards import part_path
+from csm import __version__, storage, tables
+from csm.datasets import DatasetInfo, RealDataset
+from csm.reannotation import Calibration, soft_labels
+from flows import reporting
+from flows.artifacts import StageRecord, Workspace
+from flows.evaluate import compared, split_logits
+from flows.progress import say
+from flows.stages import Context, Made, Stage
+from flows.train import run_specs
+
+GALLERY_SETS = 8  # mixed sets shown, of as many different pairs
+SAMPLES = 8  # pictures of each class
+
+
+def _run(context: Context, record: StageRecord) -> Made:
+    workspace, config = context.workspace, context.config
+    data = RealDataset.load(workspace.root)
+    info = data.info
+    metrics = tables.read(workspace.metrics, tables.METRICS)
+    page = reporting.render(
+        reporting.Report(
+            title=f"{config.name}: {info.name}",
+            created=datetime.now(UTC),
+            command=context.command,
+            machine=machine(),
+            config_yaml=config.to_yaml(),
+            dataset=reporting.Dataset(info.name, info.class_names, info.counts, info.shape),
+            stages=_stages(context),
+            methods=compared(config),
+            metrics=metrics,
+            reliability=_reliability(context, metrics, info.n_classes),
+            gallery=_gallery(context, info),
+            data_samples=_data_samples(data),
+            generator_samples=_generator_samples(workspace, info),
+            n_bins=config.evaluate.bins,
+        )
+    )
+    storage.write_text(workspace.report, page)
+    context.tracker.log_file(context.parent_key, workspace.report)
+    context.tracker.log_file(context.parent_key, workspace.config)
+    say(f"  {workspace.report}: {len(page) / 2**20:.1f} MiB")
+    return Made(len(compared(config)), storage.file_digest(workspace.report))
+
+
+def machine() -> str:
+    """What the driver runs on, in a line."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    cores = len(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{cores} CPU cores, {memory:.0f} GiB, {gpu}; {platform.system()} {platform.machine()}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, csm {__version__}"
+    )
+
+
+def _stages(context: Context) -> list[reporting.Stage]:
+    """What each stage took when it was last done, and whether this command did it."""
+    stages = []
+    for name in context.stages:
+        record = context.workspace.record(name)
+        if record is not None and record.done:
+            reused = bool(context.outcomes.get(name, {"reused": True})["reused"])
+            stages.append(reporting.Stage(name, record.seconds, reused, record.rows))
+    return stages
+
+
+def _reliability(context: Context, metrics: pl.DataFrame, n_classes: int) -> dict[str, reporting.Reliability]:
+    """Top class of every test image, pooled over seeds, before and after each run's temperature."""
+    annotated = context.workspace.record("annotate")
+    temperatures = dict(metrics.filter("fitted").select("run", "temperature").unique().iter_rows())
+    pooled: dict[str, list[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]]] = {}
+    for spec in run_specs(context, annotated.digest if annotated else ""):
+        logits, labels = split_logits(spec, "test", n_classes)
+        before = logits.double().softmax(dim=1).max(dim=1)
+        after = (logits.double() / temperatures[spec.run]).softmax(dim=1).max(dim=1).values
+        pooled.setdefault(spec.method, []).append((before.values.numpy(), after.numpy(), (before.indices == labels).numpy()))
+    result = {}
+    for method, parts in pooled.items():
+        before_, after_, correct = (np.concatenate(column) for column in zip(*parts, strict=True))
+        result[method] = reporting.Reliability(reporting.Predictions(before_, correct), reporting.Predictions(after_, correct))
+    return result
+
+
+def _gallery(context: Context, info: DatasetInfo) -> list[reporting.MixedSet]:
+    """Sets of different pairs out of the first shard, spread over the pairs, with what each annotator says."""
+    workspace, config = context.workspace, context.config
+    mixed = tables.read(part_path(workspace.mixed, 0), tables.MIXED)
+    plan = tables.read(workspace.plan, tables.PLAN)
+    table = plan.join(mixed, on="mix_id", how="inner", maintain_order="left")
+    said = {}
+    for name in config.annotate.annotators:
+        calibration = storage.read_record(workspace.annotator(name) / "calibration.json", Calibration)
+        annotations = tables.read(part_path(workspace.annotations(name), 0), tables.annotations(info.n_classes))
+        labels = soft_labels(plan, annotations, info.n_classes, calibration)
+        said[name] = (dict(labels.iter_rows()), calibration.temperature is not None)
+    sets = table.partition_by("group", "class_a", "class_b", maintain_order=True)
+    spread = np.unique(np.linspace(0, len(sets) - 1, min(GALLERY_SETS, len(sets))).round().astype(int))
+    return [_mixed_set(sets[index], said, info) for index in spread]
+
+
+def _mixed_set(rows: pl.DataFrame, said: dict[str, tuple[dict[str, list[float]], bool]], info: DatasetInfo) -> reporting.MixedSet:
+    first = rows.row(0, named=True)
+    class_a, class_b = first["class_a"], first["class_b"]
+    images = tables.to_images(rows["image"], info.shape).permute(0, 2, 3, 1).numpy()
+    cells = []
+    for image, row in zip(images, rows.iter_rows(named=True), strict=True):
+        annotations = {}
+        for name, (labels, all_classes) in said.items():
+            label = np.asarray(labels[row["mix_id"]])
+            pair = label[class_a] + label[class_b]
+            share = float(label[class_a] / pair) if pair > 0 else 0.5
+            outside = float(np.clip(1 - pair, 0, 1)) if all_classes else None
+            annotations[name] = reporting.Annotation(share, outside, info.class_names[int(label.argmax())] if all_classes else "")
+        cells.append(reporting.Cell(float(row["lam"]), image, annotations))
+    return reporting.MixedSet(info.class_names[class_a], info.class_names[class_b], cells)
+
+
+def _data_samples(data: RealDataset) -> list[tuple[str, list[NDArray[np.uint8]]]]:
+    images, labels = data.split("train")
+    pictures = images.permute(0, 2, 3, 1).numpy()
+    return [(name, list(pictures[(labels == k).numpy()][:SAMPLES])) for k, name in enumerate(data.info.class_names)]
+
+
+def _generator_samples(workspace: Workspace, info: DatasetInfo) -> list[tuple[str, list[NDArray[np.uint8]]]]:
+    pictures = storage.read_tensors(workspace.generator / "samples.safetensors")["images"].permute(0, 2, 3, 1).numpy()
+    per_class = len(pictures) // info.n_classes
+    return [(name, list(pictures[k * per_class : (k + 1) * per_class])) for k, name in enumerate(info.class_names)]
+
+
+STAGE = Stage(
+    name="report",
+    code_version=1,
+    inputs=("prepare", "fit-generator", "plan", "mix", "fit-annotators", "annotate", "train", "evaluate"),
+    settings=lambda config: {"name": config.name, "methods": [method.__dict__ for method in compared(config)]},
+    outputs=lambda workspace, config: [workspace.report],
+    run=_run,
+)

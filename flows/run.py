@@ -1,0 +1,105 @@
+"""run: the whole pipeline, or any part of it, in one workspace.
+
+Also a script of its own, for `ray submit CLUSTER.yaml flows/run.py -- --config NAME --workspace DIR`.
+"""
+
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import polars as pl
+
+from cluster.session import require_answer
+from csm import storage, tables
+from flows import annotate, evaluate, fit_generator, mix, plan, prepare, report, train
+from flows.artifacts import open_workspace
+from flows.config import Config
+from flows.stages import Context, refuse_replacing, run_stage
+from flows.summary import summary_table, terminal_table
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        prepare.STAGE,
+        fit_generator.STAGE,
+        annotate.FIT_STAGE,
+        plan.STAGE,
+        mix.STAGE,
+        annotate.STAGE,
+        train.STAGE,
+        evaluate.STAGE,
+        report.STAGE,
+    )
+}
+RAY_STAGES = frozenset({"fit-annotators", "mix", "annotate", "train"})
+VERBS = {name: (name,) for name in STAGES if name not in ("fit-annotators", "annotate")}
+VERBS |= {"annotate": ("fit-annotators", "annotate"), "run": tuple(STAGES)}
+
+
+def run_verb(
+    verb: str, config: Config, workspace: Path, address: str = "local", command: str = "", forced: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run the stages of ``verb`` in ``workspace`` and return what ``--json`` prints.
+
+    Returns:
+        workspace, report and metrics (paths, or null when they are not made yet), seconds, and stages: name -> seconds, reused, rows.
+    """
+    require_answer(address)
+    with open_workspace(workspace) as opened, _terminable():
+        context = Context(config, opened, STAGES, address, command, frozenset(forced))
+        status = "FAILED"
+        try:
+            refuse_replacing(context, VERBS[verb])
+            if address != "local" and not RAY_STAGES.isdisjoint(VERBS[verb]):
+                context.connect()  # now, rather than after an hour of other work
+            for name in VERBS[verb]:
+                run_stage(context, name)
+                if not context.outcomes[name]["reused"]:  # now something in the workspace is of this configuration
+                    storage.write_text(opened.config, config.to_yaml())
+                if name == "prepare":  # what the others need of the user can be checked against the data, before hours of work
+                    for later in VERBS[verb]:
+                        STAGES[later].check(context)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            context.close(status)
+        return {
+            "workspace": str(workspace),
+            "report": str(opened.report) if opened.report.is_file() else None,
+            "metrics": str(opened.metrics) if opened.metrics.is_file() else None,
+            "seconds": round(sum(outcome["seconds"] for outcome in context.outcomes.values()), 3),
+            "stages": context.outcomes,
+        }
+
+
+def results_table(config: Config, metrics: Path) -> Any:
+    """The results as a rich table: mean and standard deviation over seeds on the test split, best per column marked."""
+    methods = evaluate.compared(config)
+    frame: pl.DataFrame = tables.read(metrics, tables.METRICS)
+    return terminal_table(summary_table(frame, methods, n_bins=config.evaluate.bins), methods)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A polite kill (SIGTERM, as cluster managers send it) stops the work as Ctrl-C does: cleanly, ready to go on."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    from flows.cli import main
+
+    main(["run", *sys.argv[1:]])

@@ -1,0 +1,238 @@
+"""Stages: what a verb does, when its result is reused, and what is refused so that nothing is lost."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cluster.session import session
+from csm import storage, tables
+from csm.errors import InputError
+from flows.artifacts import StageRecord, Workspace, differences
+from flows.config import Config, plain
+from flows.progress import say
+from flows.tracking import Tracker
+
+
+class Made(NamedTuple):
+    """What a stage made: rows, and a digest that identifies it."""
+
+    rows: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline.
+
+    Attributes:
+        name: as on the command line.
+        code_version: raise it when the stage's code gives other results for the same settings and inputs.
+        inputs: names of the stages whose results it reads.
+        settings: the part of the configuration that its result depends on.
+        outputs: what it writes; all of it exists when the stage is done.
+        check: look at what the user gave before anything is written or removed; raises ``InputError``.
+        run: do the work; called with the stage's record and again after an interruption.
+        costly: what it made is never replaced without --force.
+        incremental: it knows itself which of its files are still good, so nothing is removed when its settings change.
+    """
+
+    name: str
+    code_version: int
+    inputs: tuple[str, ...]
+    settings: Callable[[Config], dict[str, Any]]
+    outputs: Callable[[Workspace, Config], list[Path]]
+    run: Callable[["Context", StageRecord], Made]
+    check: Callable[["Context"], object] = lambda context: None
+    costly: bool = False
+    incremental: bool = False
+
+
+@dataclass
+class Context:
+    """Everything that the stages of one command share."""
+
+    config: Config
+    workspace: Workspace
+    stages: Mapping[str, Stage]
+    address: str = "local"
+    command: str = ""
+    forced: frozenset[str] = frozenset()
+    outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _resources: ExitStack = field(default_factory=ExitStack)
+    _tracker: Tracker | None = None
+    _connected: bool = False
+
+    @property
+    def tracker(self) -> Tracker:
+        """The tracking store, with the parent run open; made when first needed."""
+        if self._tracker is None:
+            tracker = Tracker(self.workspace.root)
+            tags = {"csm.config": self.config.name, "csm.kind": "pipeline", "mlflow.note.content": self.config.description}
+            tracker.open_run(self.parent_key, self.config.name, tags, plain_settings(self.config))
+            self._tracker = tracker
+        return self._tracker
+
+    @property
+    def parent_key(self) -> str:
+        return f"pipeline {storage.digest(plain_settings(self.config))}"
+
+    def child(self, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> str:
+        """Open the child run ``key`` of the parent run and return its key."""
+        tracker = self.tracker
+        parent = tracker.run_id(self.parent_key)
+        tracker.open_run(key, name, tags, params, parent)
+        return key
+
+    def connect(self) -> None:
+        """Join or start Ray, once for all stages of the command."""
+        if not self._connected:
+            say(f"ray: {'starting on this machine' if self.address == 'local' else 'joining ' + self.address}")
+            self._resources.enter_context(session(self.address))
+            self._connected = True
+
+    def close(self, status: str) -> None:
+        """End the parent run with ``status``, if there is one, and leave Ray."""
+        try:
+            if self._tracker is not None:
+                self._tracker.close_run(self.parent_key, status)
+        finally:
+            self._resources.close()
+
+
+def run_stage(context: Context, name: str) -> None:
+    """Bring stage ``name`` up to date: reuse what it made, go on with what was interrupted, or do it.
+
+    Raises:
+        InputError: an input stage was not run or is out of date, or costly results of other settings would be replaced.
+    """
+    stage, workspace = context.stages[name], context.workspace
+    for needed in stage.inputs:
+        reason = stale(context, needed)
+        if reason:
+            raise InputError(
+                f"{name} needs {needed}, which {reason}: run `csm {_verb(needed)}` with the same options first, or `csm run`"
+            )
+    forced = name in context.forced
+    record, wanted = workspace.record(name), _wanted(context, stage)
+    if not forced and stale(context, name) is None and record is not None:
+        context.outcomes[name] = {"seconds": 0.0, "reused": True, "rows": record.rows}
+        say(f"{name}: reused ({record.rows:,} rows)")
+        return
+    outputs = stage.outputs(workspace, context.config)
+    stage.check(context)
+    if record is not None and (forced or record.fingerprint != wanted.fingerprint):
+        if stage.costly and not forced and any(path.exists() for path in outputs):
+            raise _replaces(context, name, _changes(record, wanted))
+        if forced or not stage.incremental:
+            workspace.drop(name, outputs)
+        record = None
+    spent = record.seconds if record else 0.0
+    workspace.write_record(replace(wanted, seconds=spent))
+    say(f"{name}: {'going on' if record else 'started'}")
+    tags = {"csm.kind": "stage", "csm.stage": name, "csm.fingerprint": wanted.fingerprint}
+    params = {**wanted.settings, "input": wanted.inputs, "code_version": wanted.code_version}
+    key = context.child(f"stage {name} {wanted.fingerprint}", name, tags, params)
+    started = time.monotonic()
+    try:
+        made = stage.run(context, wanted)
+    except BaseException as error:
+        workspace.write_record(replace(wanted, seconds=round(spent + time.monotonic() - started, 3)))
+        context.tracker.close_run(key, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    seconds = round(time.monotonic() - started, 3)
+    context.tracker.log_metrics(key, {"seconds": spent + seconds, "rows": float(made.rows)})
+    context.tracker.close_run(key)
+    workspace.write_record(replace(wanted, done=True, digest=made.digest, rows=made.rows, seconds=round(spent + seconds, 3)))
+    context.outcomes[name] = {"seconds": seconds, "reused": False, "rows": made.rows}
+    say(f"{name}: done, {made.rows:,} rows in {seconds:.1f} s")
+
+
+def stale(context: Context, name: str) -> str | None:
+    """Why the result of stage ``name`` is not what the configuration asks for, or None if it is."""
+    stage, record = context.stages[name], context.workspace.record(name)
+    if record is None:
+        return "was not run in this workspace"
+    for needed in stage.inputs:
+        reason = stale(context, needed)
+        if reason:
+            return f"depends on {needed}, which {reason}"
+    wanted = _wanted(context, stage)
+    if record.fingerprint != wanted.fingerprint:
+        return f"was run with other settings ({_changes(record, wanted)})"
+    if not record.done:
+        return "was interrupted"
+    missing = [path for path in stage.outputs(context.workspace, context.config) if not _is_whole(path)]
+    return f"lacks {missing[0]}" if missing else None
+
+
+def refuse_replacing(context: Context, names: Sequence[str]) -> None:
+    """Refuse, before anything is written, the stages of which ``run_stage`` would refuse to replace costly results.
+
+    What a stage will be made from is not known yet, but its settings and those of the stages before it are.
+    """
+    for name in names:
+        stage, record = context.stages[name], context.workspace.record(name)
+        if not stage.costly or name in context.forced or record is None:
+            continue
+        changed = [change for source in _sources(context, name) for change in _own_changes(context, source)]
+        if changed and any(path.exists() for path in stage.outputs(context.workspace, context.config)):
+            raise _replaces(context, name, _some(changed))
+
+
+def _sources(context: Context, name: str) -> list[str]:
+    """``name`` and the stages that its result comes from, each once."""
+    inputs = [source for needed in context.stages[name].inputs for source in _sources(context, needed)]
+    return list(dict.fromkeys([*inputs, name]))
+
+
+def _own_changes(context: Context, name: str) -> list[str]:
+    """What has changed in the settings and the code of stage ``name`` since it was run; nothing if it was not."""
+    record, wanted = context.workspace.record(name), _wanted(context, context.stages[name])
+    if record is None:
+        return []
+    changed = differences(record.settings, wanted.settings)
+    return changed if record.code_version == wanted.code_version else [*changed, f"a newer {name}"]
+
+
+def _replaces(context: Context, name: str, changed: str) -> InputError:
+    return InputError(
+        f"--workspace {context.workspace.root}: {name} was made by another configuration there ({changed}); "
+        f"choose another --workspace, or replace it with --force {name}"
+    )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether ``path`` exists and, if it is a table, was not cut short."""
+    return path.exists() if path.suffix != ".parquet" else tables.metadata(path) is not None
+
+
+def plain_settings(config: Config) -> dict[str, Any]:
+    """The whole configuration as plain values."""
+    return dict(plain(asdict(config)))
+
+
+def _wanted(context: Context, stage: Stage) -> StageRecord:
+    """The record that ``stage`` should have, before it is run."""
+    settings = plain(stage.settings(context.config))
+    inputs = {name: record.digest if (record := context.workspace.record(name)) else "" for name in stage.inputs}
+    fingerprint = storage.digest(stage.name, stage.code_version, settings, inputs)
+    return StageRecord(stage.name, fingerprint, settings, stage.code_version, inputs)
+
+
+def _changes(record: StageRecord, wanted: StageRecord) -> str:
+    changed = differences(record.settings, wanted.settings)
+    changed += [f"another result of {name}" for name, digest in wanted.inputs.items() if record.inputs.get(name) != digest]
+    if record.code_version != wanted.code_version:
+        changed.append("a newer version of csm")
+    return _some(changed)
+
+
+def _some(changed: list[str]) -> str:
+    return "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
+
+
+def _verb(stage: str) -> str:
+    return "annotate" if stage == "fit-annotators" else stage

@@ -1,0 +1,205 @@
+"""The oracle: rows that come through Ray equal those of a direct `csm` call on the same plan."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+import pytest
+
+from cluster.mixing import AnnotateJob, MixJob, process_shards
+from cluster.resources import Pool
+from cluster.shards import finished_shards, part_path, plan_shards, read_plan
+from csm import storage, tables
+from csm.datasets import RealDataset
+from csm.errors import InputError
+from csm.generators import load_generator
+from csm.mixing import mix
+from csm.planning import PlanConfig, make_plan
+from csm.reannotation import ANNOTATORS, annotate
+from csm.sampling import SamplerConfig
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session", "one_thread")]
+
+NAMES = ("projection", "teacher")
+ONE = Pool(max_actors=1, cpus=0.5)
+
+
+def jobs(finished, root: Path, plan: Path, mixed: Path, steps=8):
+    """Jobs for every shard of ``plan``."""
+    info = RealDataset.load_info(finished.root)
+    shards = frozenset(plan_shards(plan))
+    mix_job = MixJob(plan, finished.root / "generator", mixed, "mixed-key", info.shape, SamplerConfig(steps=steps), 4, shards)
+    members = (finished.root / "annotators" / "members" / "00",)
+    return mix_job, [
+        AnnotateJob(
+            name=name,
+            plan=plan,
+            mixed=mixed,
+            fitted=finished.root / "annotators" / name,
+            members=members,
+            annotations=root / name,
+            key=f"{name}-key",
+            shape=info.shape,
+            n_classes=info.n_classes,
+            shards=shards,
+        )
+        for name in NAMES
+    ]
+
+
+def write_plan(path: Path, sets: int) -> Path:
+    plan = make_plan(10, "data", "generator", PlanConfig(pairs=((0, 1), (2, 3)), ratios=3, sets_per_pair=sets, shard_rows=6))
+    tables.write(plan, path, tables.PLAN)
+    return path
+
+
+def times(directory: Path, shards) -> dict[int, int]:
+    return {shard: part_path(directory, shard).stat().st_mtime_ns for shard in shards}
+
+
+class Done(NamedTuple):
+    """Shards 0-4 made by a first call, with both annotators; the rest by a second one."""
+
+    mix_job: MixJob
+    annotate_jobs: list[AnnotateJob]
+    first: list
+    second: list
+    times_before: dict[int, int]
+
+
+@pytest.fixture(scope="module")
+def done(finished, tmp_path_factory, ray_session, one_thread):
+    root = tmp_path_factory.mktemp("mixing")
+    mix_job, annotate_jobs = jobs(finished, root, write_plan(root / "plan.parquet", 8), root / "mixed")
+    first, second = [], []
+    some = frozenset(range(5))
+    process_shards(replace(mix_job, shards=some), [replace(job, shards=some) for job in annotate_jobs], ONE, ONE, first.append)
+    before = times(mix_job.mixed, some)
+    rows = plan_shards(mix_job.plan)
+    todo = mix_job.shards - finished_shards(mix_job.mixed, mix_job.key, rows)
+    # the first annotator has missed nothing, the second one has yet to do what is mixed now
+    process_shards(replace(mix_job, shards=todo), [replace(annotate_jobs[1], shards=todo)], ONE, ONE, second.append)
+    return Done(mix_job, annotate_jobs, first, second, before)
+
+
+def test_mixed_rows_equal_those_of_a_direct_call(done):
+    job, generator = done.mix_job, load_generator(done.mix_job.generator)
+    for shard in plan_shards(job.plan):
+        direct = mix(read_plan(job.plan, shard), generator, job.shape, job.sampler, job.batch_size)
+        assert tables.read(part_path(job.mixed, shard), tables.MIXED).equals(direct, null_equal=False)
+
+
+def test_mixed_images_differ_so_that_equality_says_something(done):
+    images = pl.concat(
+        [tables.read(part_path(done.mix_job.mixed, shard), tables.MIXED) for shard in plan_shards(done.mix_job.plan)]
+    )
+    assert images["image"].n_unique() == len(images) == 48
+
+
+@pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
+def test_annotations_equal_those_of_a_direct_call(done, number):
+    job = done.annotate_jobs[number]
+    annotator = ANNOTATORS[job.name].load(job.fitted, job.members)
+    for shard in range(5):
+        mixed = tables.read(part_path(job.mixed, shard), tables.MIXED)
+        direct = annotate(read_plan(job.plan, shard), mixed, annotator, job.shape, job.n_classes)
+        part = tables.read(part_path(job.annotations, shard), tables.annotations(job.n_classes))
+        assert part.equals(direct)
+        assert part["log_posterior"].null_count() == (len(part) if job.name == "projection" else 0)
+
+
+def test_a_shard_is_annotated_while_later_ones_are_mixed(done):
+    mixed = times(done.mix_job.mixed, range(5))
+    annotated = times(done.annotate_jobs[0].annotations, range(5))
+    assert min(annotated.values()) < max(mixed.values())
+    assert all(annotated[shard] > mixed[shard] for shard in range(5))
+
+
+def test_every_part_has_one_receipt_that_is_true(done):
+    said = [(receipt.part, receipt.shard) for receipt in done.first]
+    assert sorted(said) == sorted((part, shard) for part in ("mixed", *NAMES) for shard in range(5))
+    folders = {"mixed": done.mix_job.mixed, **{job.name: job.annotations for job in done.annotate_jobs}}
+    for receipt in done.first + done.second:
+        path = part_path(folders[receipt.part], receipt.shard)
+        assert receipt.checksum == storage.file_digest(path)
+        assert receipt.rows == 6
+        assert receipt.seconds >= 0
+        assert receipt.node
+
+
+def test_a_second_call_makes_only_what_is_missing(done):
+    assert sorted((receipt.part, receipt.shard) for receipt in done.second) == sorted(
+        (part, shard) for part in ("mixed", "teacher") for shard in (5, 6, 7)
+    )
+    assert times(done.mix_job.mixed, range(5)) == done.times_before
+    assert finished_shards(done.mix_job.mixed, "mixed-key", plan_shards(done.mix_job.plan)) == set(range(8))
+    assert finished_shards(done.annotate_jobs[0].annotations, "projection-key", plan_shards(done.mix_job.plan)) == set(range(5))
+
+
+def test_no_temporary_file_is_left(done):
+    folders = [done.mix_job.mixed, *(job.annotations for job in done.annotate_jobs)]
+    assert not [path for folder in folders for path in folder.iterdir() if not path.name.startswith("part-")]
+
+
+def test_nothing_to_do_is_done_at_once(done):
+    process_shards(replace(done.mix_job, shards=frozenset()), [], ONE, ONE, pytest.fail)
+    process_shards(None, [], ONE, ONE, pytest.fail)
+
+
+def test_pools_that_do_not_fit_are_refused_before_work(done):
+    with pytest.raises(InputError, match=r"mix 1 x 64 = 64 CPU, but the cluster has 2"):
+        process_shards(done.mix_job, [], Pool(cpus=64), ONE, pytest.fail)
+
+
+def test_what_a_worker_refuses_reaches_the_driver_as_it_was_raised(done, finished, tmp_path):
+    """A shard cut short after it was mixed: the message names the file, and no wrapper of Ray's stands around it."""
+    rows = plan_shards(done.mix_job.plan)
+    (tmp_path / "mixed").mkdir()
+    for shard in rows:
+        part_path(tmp_path / "mixed", shard).write_bytes(
+            part_path(done.mix_job.mixed, shard).read_bytes()[: -1 if shard == 2 else None]
+        )
+    job = replace(done.annotate_jobs[0], mixed=tmp_path / "mixed", annotations=tmp_path / "annotations")
+    receipts = []
+    with pytest.raises(InputError, match=r"part-00000002\.parquet is not a whole parquet file") as caught:
+        process_shards(None, [job], ONE, ONE, receipts.append)
+    assert type(caught.value) is InputError
+    assert {receipt.shard for receipt in receipts} <= set(rows) - {2}
+    assert finished_shards(job.annotations, job.key, rows) >= {receipt.shard for receipt in receipts}
+    assert 2 not in finished_shards(job.annotations, job.key, rows)
+
+
+def test_an_annotator_that_cannot_be_loaded_is_named(done, tmp_path):
+    job = replace(done.annotate_jobs[0], fitted=tmp_path / "none", annotations=tmp_path / "annotations")
+    with pytest.raises(InputError, match=r"none/prototypes\.safetensors does not exist"):
+        process_shards(None, [job], ONE, ONE, pytest.fail)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_and_repeats_nothing(finished, tmp_path, ray_head, processes):
+    job, _ = jobs(finished, tmp_path, write_plan(tmp_path / "plan.parquet", 12), tmp_path / "mixed", steps=20)
+    rows = plan_shards(job.plan)
+    raylet = ray_head.all_processes["raylet"][0].process.pid
+    receipts, killed = [], []
+
+    def on_receipt(receipt):
+        receipts.append(receipt)
+        if not killed:
+            assert len(list(job.mixed.glob("part-*"))) < len(rows)
+            killed.extend(
+                pid for pid in processes.descendants(raylet) if "MapWorker(MapBatches(MixShards))" in processes.name(pid)
+            )
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    process_shards(job, [], ONE, ONE, on_receipt)
+    assert killed
+    assert processes.left(killed, 5) == []
+    assert {receipt.shard for receipt in receipts} == set(rows)
+    assert len(receipts) == len(rows)
+    made = pl.concat([tables.read(path, tables.MIXED) for path in sorted(job.mixed.iterdir())])
+    direct = mix(tables.read(job.plan, tables.PLAN), load_generator(job.generator), job.shape, job.sampler, job.batch_size)
+    assert made.equals(direct)  # every mix_id once, in plan order; shards are a multiple of no batch, so batches differ too

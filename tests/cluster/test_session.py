@@ -1,0 +1,133 @@
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import ray
+
+from cluster import session as module
+from cluster.session import require_answer, session
+from csm.errors import InputError
+
+
+@pytest.fixture
+def listener():
+    """A port that takes connections; ``listener.answer`` is what it says, or None to say nothing."""
+
+    class Listener:
+        def __init__(self):
+            self.answer = None
+            self.socket = socket.create_server(("127.0.0.1", 0))
+            self.port = self.socket.getsockname()[1]
+            self.taken = []
+            threading.Thread(target=self.serve, daemon=True).start()
+
+        def serve(self):
+            while True:
+                try:
+                    connection, _ = self.socket.accept()
+                except OSError:
+                    return
+                self.taken.append(connection)
+                if self.answer is not None:
+                    connection.sendall(self.answer)
+
+    taken = Listener()
+    yield taken
+    taken.socket.close()
+    for connection in taken.taken:
+        connection.close()
+
+
+def closed_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_an_address_where_nothing_listens_is_refused_at_once(form):
+    address = form.format(closed_port())
+    started = time.monotonic()
+    with (
+        pytest.raises(InputError, match=rf"--address {address}: nothing answers at 127\.0\.0\.1 .*use --address local"),
+        session(address),
+    ):
+        pass
+    assert time.monotonic() - started < 10
+    assert not ray.is_initialized()
+
+
+def test_an_unknown_host_is_refused():
+    with pytest.raises(InputError, match=r"nothing answers at no-such-host\.invalid port 6379"):
+        require_answer("no-such-host.invalid:6379")
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_a_port_that_takes_connections_and_says_nothing_is_refused(form, listener, monkeypatch):
+    assert module.CONNECT_SECONDS <= 5  # connecting and answering may each take as long
+    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.3)
+    with pytest.raises(InputError, match=r"nothing answers .*timed out"):
+        require_answer(form.format(listener.port))
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n", b""])
+def test_a_server_of_another_kind_is_refused(answer, listener):
+    listener.answer = answer or b"\n"
+    with pytest.raises(InputError, match="is not Ray"):
+        require_answer(f"127.0.0.1:{listener.port}")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["nonsense", "127.0.0.1", "", "ray://", "ray://host", "127.0.0.1:port", "127.0.0.1:99999", ":6379", "host:", "local:"],
+)
+def test_a_malformed_address_is_refused_with_the_forms_that_are_allowed(address):
+    with pytest.raises(
+        InputError, match=rf"^--address {re.escape(address)}: expected local, auto, HOST:PORT or ray://HOST:PORT$"
+    ):
+        require_answer(address)
+
+
+@pytest.mark.ray
+def test_a_running_cluster_is_joined_and_left_again(ray_address):
+    with session(ray_address):
+        assert ray.is_initialized()
+        assert ray.cluster_resources()["CPU"] == 2
+    assert not ray.is_initialized()
+    require_answer(ray_address)  # it runs on
+
+
+@pytest.mark.ray
+def test_an_error_in_the_block_leaves_the_cluster_too(ray_address):
+    with pytest.raises(KeyError), session(ray_address):
+        raise KeyError
+    assert not ray.is_initialized()
+
+
+OWN = """
+import ray
+from cluster.session import session
+with session("local", cpus=1):
+    print(ray.cluster_resources()["CPU"], flush=True)
+    input()
+print(ray.is_initialized())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_local_starts_a_ray_of_its_own_and_stops_it(processes):
+    """In a process of its own: one that joins a second cluster confuses its actors with those of the first."""
+    process = subprocess.Popen([sys.executable, "-c", OWN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "1.0\n"
+        started = processes.descendants(process.pid)
+        assert any("raylet" in processes.name(pid) for pid in started)
+        assert process.communicate("\n", timeout=60)[0] == "False\n"
+        assert process.returncode == 0
+    finally:
+        process.kill()
+    assert processes.left(started, 15) == []

@@ -1,0 +1,124 @@
+from dataclasses import dataclass, field
+
+import polars as pl
+import pytest
+import torch
+
+from csm import tables
+from csm.generators.unet import UNetGenerator, UNetSpec
+from csm.mixing import mix, sample, to_uint8
+from csm.noise import initial_noise
+from csm.planning import PlanConfig, make_plan
+from csm.sampling import SamplerConfig
+
+SHAPE = (4, 4, 1)
+SAMPLER = SamplerConfig(steps=4, sigma_max=10.0)
+
+
+@dataclass
+class Flat:
+    """Every image of a class is one grey level, which is also its condition; it remembers what it was first given."""
+
+    levels: tuple[float, ...] = (-0.8, 0.0, 0.6)
+    starts: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def embed(self, labels: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(self.levels)[labels][:, None]
+
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        if sigma[0] == SAMPLER.sigma_max:
+            self.starts.append(x)
+        return condition.view(-1, 1, 1, 1).expand_as(x)
+
+
+class Broken(Flat):
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        return x * float("nan")
+
+
+@pytest.fixture(scope="module")
+def network() -> UNetGenerator:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNetGenerator(UNetSpec(SHAPE, 3, 0.5, (8, 16), 1, 0.0)).eval().requires_grad_(False)
+
+
+def plan(ratios: int = 3, sets: int = 2) -> pl.DataFrame:
+    return make_plan(3, "data", "net", PlanConfig(ratios=ratios, sets_per_pair=sets))
+
+
+def images_of(mixed: pl.DataFrame) -> torch.Tensor:
+    return tables.to_images(mixed["image"], SHAPE)
+
+
+def test_the_ratio_is_the_share_of_class_a() -> None:
+    rows = plan(ratios=5)
+    generator = Flat()
+    images = images_of(mix(rows, generator, SHAPE, SAMPLER))
+    for image, row in zip(images, rows.rows(named=True), strict=True):
+        level = row["lam"] * generator.levels[row["class_a"]] + (1 - row["lam"]) * generator.levels[row["class_b"]]
+        assert (image.double() - (level + 1) * 127.5).abs().max() <= 0.51
+
+
+def test_order_and_ids_are_those_of_the_plan() -> None:
+    rows = plan().sample(fraction=1.0, shuffle=True, seed=1)
+    mixed = mix(rows, Flat(), SHAPE, SAMPLER, batch_size=5)
+    assert tables.check(mixed, tables.MIXED) is mixed
+    assert mixed["mix_id"].to_list() == rows["mix_id"].to_list()
+    straight = dict(mix(plan(), Flat(), SHAPE, SAMPLER, batch_size=7).iter_rows())
+    assert dict(mixed.iter_rows()) == straight
+
+
+def test_all_ratios_of_a_set_start_from_the_sets_own_noise() -> None:
+    rows, generator = plan(), Flat()
+    mix(rows, generator, SHAPE, SAMPLER, batch_size=4)
+    starts = torch.cat(generator.starts)
+    assert torch.allclose(starts, initial_noise(rows["seed"].to_list(), (1, 4, 4)) * 10.0)
+    sets = list(rows.select("class_a", "class_b", "group").iter_rows())
+    for left in range(len(rows)):
+        for right in range(left):
+            assert torch.equal(starts[left], starts[right]) == (sets[left] == sets[right])
+
+
+def test_neighbours_in_the_batch_do_not_matter(network: UNetGenerator) -> None:
+    rows = plan()
+    together = images_of(mix(rows, network, SHAPE, SAMPLER, batch_size=18)).float()
+    alone = images_of(mix(rows, network, SHAPE, SAMPLER, batch_size=1)).float()
+    assert (together - alone).abs().mean(dim=(1, 2, 3)).max() < 0.5
+    assert together.std() > 10  # they are pictures, and not all one
+    assert len({image.numpy().tobytes() for image in together}) == len(rows)
+
+
+def test_the_same_rows_give_the_same_bits(network: UNetGenerator) -> None:
+    assert mix(plan(), network, SHAPE, SAMPLER).equals(mix(plan(), network, SHAPE, SAMPLER))
+
+
+@pytest.mark.parametrize(("lam", "name"), [(1.0, "class_a"), (0.0, "class_b")])
+def test_an_endpoint_is_the_unmixed_image_of_its_class(network: UNetGenerator, lam: float, name: str) -> None:
+    rows = plan().filter(pl.col("lam") == lam)
+    assert len(rows) == 6
+    images = images_of(mix(rows, network, SHAPE, SAMPLER))
+    assert torch.equal(images, sample(rows[name].to_list(), rows["seed"].to_list(), network, SHAPE, SAMPLER))
+    other = "class_b" if name == "class_a" else "class_a"
+    assert not torch.equal(images, sample(rows[other].to_list(), rows["seed"].to_list(), network, SHAPE, SAMPLER))
+
+
+def test_colour_images_that_are_not_square_keep_their_shape() -> None:
+    mixed = mix(plan(), Flat(), (2, 5, 3), SAMPLER)
+    assert tables.to_images(mixed["image"], (2, 5, 3)).shape == (18, 3, 2, 5)
+
+
+def test_levels_are_rounded_and_clipped() -> None:
+    images = torch.tensor([-7.0, -1.0, -0.999, 0.0, 0.5, 0.9999, 1.0, 3.0])
+    assert to_uint8(images).tolist() == [0, 0, 0, 128, 191, 255, 255, 255]
+    levels = torch.arange(256)
+    assert to_uint8(levels / 127.5 - 1).tolist() == levels.tolist()
+
+
+def test_a_generator_that_gives_no_numbers_stops_the_mixing() -> None:
+    with pytest.raises(FloatingPointError, match="not finite"):
+        mix(plan(), Broken(), SHAPE, SAMPLER)

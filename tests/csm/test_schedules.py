@@ -1,0 +1,190 @@
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from csm import tables
+from csm.errors import InputError
+from csm.planning import PlanConfig, make_plan
+from csm.schedules import SCHEDULES, MixedSet, Schedule
+
+SHAPE = (1, 4, 1)
+CLASSES = 4
+
+
+def draw(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_tables(ratios: int = 4, sets: int = 3, pairs: object = "all") -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """Plan, mixed and labels in which every image and every soft label tells which row it belongs to."""
+    plan = make_plan(CLASSES, "data", "net", PlanConfig(pairs=pairs, ratios=ratios, sets_per_pair=sets))
+    identities = list(plan.select("class_a", "class_b", "group", "step").iter_rows())
+    images = pl.Series("image", [bytes(identity) for identity in identities], dtype=pl.Binary)
+    labels = pl.Series("soft_label", np.array(identities, dtype=np.float32), dtype=pl.Array(pl.Float32, CLASSES))
+    return plan, plan.select("mix_id").with_columns(images), plan.select("mix_id").with_columns(labels)
+
+
+def mixed_set(**settings: object) -> MixedSet:
+    return MixedSet.join(*make_tables(**settings), SHAPE)
+
+
+def identity(mixed: MixedSet, row: int) -> tuple[int, ...]:
+    """(class_a, class_b, group, step) that is written in the pixels of ``row``."""
+    return tuple(mixed.images[row].flatten().tolist())
+
+
+def assert_joined(mixed: MixedSet, sets: int, ratios: int) -> None:
+    assert mixed.rows.shape == (sets, ratios)
+    assert len({identity(mixed, row) for row in range(len(mixed.images))}) == sets * ratios
+    assert sorted(mixed.rows.flatten().tolist()) == list(range(sets * ratios))
+    for number in range(sets):
+        group = identity(mixed, int(mixed.rows[number, 0]))[2]
+        for step in range(ratios):
+            row = int(mixed.rows[number, step])
+            expected = (int(mixed.class_a[number]), int(mixed.class_b[number]), group, step)
+            assert identity(mixed, row) == expected
+            assert tuple(mixed.labels[row].int().tolist()) == expected  # every image has its own soft label
+
+
+@pytest.mark.parametrize("settings", [{}, {"ratios": 12, "sets": 12, "pairs": ((0, 1), (2, 3))}, {"ratios": 2, "sets": 1}])
+def test_the_order_of_the_files_does_not_matter(settings: dict[str, object]) -> None:
+    plan, mixed, labels = make_tables(**settings)
+    ratios = int(plan["step"].max()) + 1
+    shuffled = [frame.sample(fraction=1.0, shuffle=True, seed=seed) for seed, frame in enumerate((plan, mixed, labels))]
+    joined = MixedSet.join(*shuffled, SHAPE)
+    assert_joined(joined, len(plan) // ratios, ratios)
+    straight = MixedSet.join(plan, mixed, labels, SHAPE)
+    assert torch.equal(joined.images, straight.images)
+    assert torch.equal(joined.labels, straight.labels)
+
+
+def test_rows_beyond_the_plan_are_left_out() -> None:
+    plan, mixed, labels = make_tables()
+    few = plan.filter(pl.col("group") < 2)
+    assert_joined(MixedSet.join(few, mixed, labels, SHAPE), 12, 4)
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["image", "label"])
+def test_a_missing_row_is_counted(which: int) -> None:
+    frames = list(make_tables())
+    frames[which] = frames[which].slice(5)
+    with pytest.raises(InputError, match="5 of 72 planned images are not mixed and annotated"):
+        MixedSet.join(*frames, SHAPE)
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["image", "label"])
+def test_a_row_that_stands_twice_does_not_hide_a_missing_one(which: int) -> None:
+    frames = list(make_tables(pairs=((0, 1),), sets=2))
+    first_set, second_set = frames[which].head(4), frames[which].tail(4)
+    assert not first_set.equals(second_set)
+    frames[which] = pl.concat([first_set, first_set])  # as many rows as planned
+    with pytest.raises(InputError, match="planned images"):
+        MixedSet.join(*frames, SHAPE)
+    frames[which] = pl.concat([first_set, second_set, first_set])
+    with pytest.raises(InputError, match="twice"):
+        MixedSet.join(*frames, SHAPE)
+
+
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(InputError, match="expected 3 per image"):
+        MixedSet.join(*make_tables(), (1, 3, 1))
+
+
+@pytest.mark.parametrize(("per_real", "ratios"), [(1, 4), (2, 4), (5, 3), (2, 8), (1, 2), (2, 2), (4, 2)])
+def test_pair_gives_the_classes_own_endpoint_and_interior_images_of_one_set(per_real: int, ratios: int) -> None:
+    mixed = mixed_set(ratios=ratios)
+    labels = torch.tensor([0, 1, 2, 3, 3, 0] * 20)
+    rows = Schedule("pair", per_real, mixed, CLASSES).draw(labels, draw())
+    assert rows.shape == (len(labels) * per_real,)
+    for number, label in enumerate(labels.tolist()):
+        companions = [identity(mixed, int(row)) for row in rows.view(per_real, len(labels))[:, number]]
+        class_a, class_b, group, step = companions[0]
+        assert label in (class_a, class_b)
+        assert step == (ratios - 1 if label == class_a else 0)  # lam = 1 is class_a
+        for companion in companions[1:]:
+            assert companion[:3] == (class_a, class_b, group)
+            if ratios > 2:
+                assert 0 < companion[3] < ratios - 1
+            else:
+                assert companion == companions[0]  # a set of two has no interior
+
+
+def test_pair_draws_every_set_of_the_class_and_every_interior_ratio_alike() -> None:
+    mixed = mixed_set(ratios=5)
+    rows = Schedule("pair", 2, mixed, CLASSES).draw(torch.full((9000,), 2), draw())
+    own, interior = ([identity(mixed, int(row)) for row in half] for half in rows.view(2, 9000))
+    sets: dict[tuple[int, ...], int] = {}
+    for row in own:
+        sets[row[:3]] = sets.get(row[:3], 0) + 1
+    expected = {(min(2, k), max(2, k), group) for k in (0, 1, 3) for group in range(3)}
+    assert set(sets) == expected
+    assert all(abs(count - 1000) < 150 for count in sets.values())  # five standard deviations
+    steps = [row[3] for row in interior]
+    assert all(abs(steps.count(step) - 3000) < 230 for step in (1, 2, 3))
+
+
+def test_pair_with_unequal_numbers_of_sets_draws_from_none_that_lacks_the_class() -> None:
+    mixed = mixed_set(pairs=((0, 1), (0, 2), (0, 3)), sets=2)  # class 0 has six sets, the others two
+    labels = torch.arange(CLASSES).repeat(500)
+    rows = Schedule("pair", 1, mixed, CLASSES).draw(labels, draw())
+    seen: dict[int, set[tuple[int, ...]]] = {label: set() for label in range(CLASSES)}
+    for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
+        assert label in identity(mixed, row)[:2]
+        seen[label].add(identity(mixed, row)[:3])
+    assert {label: len(sets) for label, sets in seen.items()} == {0: 6, 1: 2, 2: 2, 3: 2}
+
+
+def test_pair_refuses_a_class_without_a_pair() -> None:
+    schedule = Schedule("pair", 2, mixed_set(pairs=((0, 1), (1, 2))), CLASSES)
+    assert len(schedule.draw(torch.tensor([0, 1, 2]), draw())) == 6
+    with pytest.raises(InputError, match="schedule 'pair' needs a mixed pair for every class"):
+        schedule.draw(torch.tensor([0, 3]), draw())
+
+
+def test_uniform_draws_every_image_alike() -> None:
+    mixed = mixed_set()
+    rows = Schedule("uniform", 2, mixed, CLASSES).draw(torch.zeros(7200, dtype=torch.int64), draw())
+    counts = torch.bincount(rows, minlength=72)
+    assert len(rows) == 14400
+    assert counts.shape == (72,)
+    assert (counts - 200).abs().max() < 80
+
+
+def test_interior_draws_every_image_but_the_endpoints_alike() -> None:
+    mixed = mixed_set()
+    rows = Schedule("interior", 3, mixed, CLASSES).draw(torch.zeros(2400, dtype=torch.int64), draw())
+    counts = torch.bincount(rows, minlength=72)
+    for row, count in enumerate(counts.tolist()):
+        if identity(mixed, row)[3] in (0, 3):
+            assert count == 0
+        else:
+            assert abs(count - 200) < 80
+
+
+def test_interior_needs_an_interior() -> None:
+    with pytest.raises(InputError, match=r"schedule 'interior' needs plan.ratios of at least 3"):
+        Schedule("interior", 2, mixed_set(ratios=2), CLASSES).draw(torch.tensor([0]), draw())
+
+
+@pytest.mark.parametrize("rule", SCHEDULES)
+def test_a_draw_depends_on_the_generator_alone(rule: str) -> None:
+    schedule = Schedule(rule, 2, mixed_set(), CLASSES)
+    labels = torch.arange(CLASSES).repeat(10)
+    first = schedule.draw(labels, draw(4))
+    torch.manual_seed(0)
+    assert torch.equal(schedule.draw(labels, draw(4)), first)
+    assert not torch.equal(schedule.draw(labels, draw(5)), first)
+    assert first.dtype == torch.int64
+
+
+def test_an_unknown_rule_is_named_with_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"schedule: unknown 'best'; one of pair, uniform, interior"):
+        Schedule("best", 2, mixed_set(), CLASSES)
+
+
+def test_labels_and_images_have_the_types_of_training() -> None:
+    mixed = mixed_set()
+    assert mixed.labels.dtype == torch.float32
+    assert mixed.images.dtype == torch.uint8
+    assert torch.equal(mixed.images, tables.to_images(tables.from_images(mixed.images), SHAPE))

@@ -1,0 +1,329 @@
+"""What a user sees of bad input: exit code 2, one line on stderr that says what to do, and nothing written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flows import cli
+from flows.run import STAGES, VERBS
+
+RUN_VERBS = ("prepare", "fit-generator", "plan", "mix", "annotate", "train", "evaluate", "report", "run")
+ALL_VERBS = (*RUN_VERBS, "ui", "doctor")
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """``call(*arguments)`` runs the command line in this process; gives the exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["csm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(call):
+    """``refused(*arguments)`` runs a command that must be refused and gives its one line, without ``csm: ``."""
+
+    def run(*arguments):
+        code, out, err = call(*arguments)
+        assert code == 2, err
+        assert out == ""
+        said = [line for line in err.splitlines() if not line.endswith(": reused") and ": reused (" not in line]
+        assert len(said) == 1, err
+        assert said[0].startswith("csm: ")
+        return said[0].removeprefix("csm: ")
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """``folder(cat=6, dog=6)`` makes an image folder with so many images of each class."""
+
+    def make(**classes):
+        draw = np.random.default_rng(0)
+        for name, count in classes.items():
+            (tmp_path / "images" / name).mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(draw.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / "images" / name / f"{number}.png")
+        return tmp_path / "images"
+
+    return make
+
+
+def use(path):
+    return ("--config", "image-folder", "--set", f"data.path={path}", "--set", "data.size=8")
+
+
+# The installed console script, as a user starts it.
+
+
+def test_help_is_fast_and_names_every_verb(csm, call):
+    done = csm("--help", timeout=20)  # in 0.2 s when nothing else runs: neither torch nor ray is imported
+    assert done.returncode == 0
+    assert all(f"  {verb} " in done.stdout for verb in ALL_VERBS)
+    assert done.stderr == ""
+
+
+def test_help_imports_nothing_heavy(processes):
+    code = "import sys, flows.cli; assert not {'torch', 'ray', 'mlflow', 'polars'} & set(sys.modules), sorted(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "--config", "nope"), "csm: --config nope: unknown configuration; give a .yaml file or one of "),
+        (
+            ("mix", "--set", "plan.nope=1"),
+            "csm: plan.nope: no such setting; allowed: pairs, ratios, sets_per_pair, shard_rows, seed",
+        ),
+    ],
+)
+def test_the_script_refuses_in_one_line(csm, tmp_path, arguments, message):
+    done = csm(*arguments, "--workspace", tmp_path / "w", "--json")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+# The same command line in this process, which has paid for the imports already.
+
+
+@pytest.mark.parametrize("verb", ALL_VERBS)
+def test_every_verb_explains_itself(call, verb):
+    code, out, _ = call(verb, "--help")
+    assert code == 0
+    assert out.startswith(f"Usage: csm {verb} [OPTIONS]")
+
+
+def test_version(call):
+    assert call("--version")[:2] == (0, "csm, version 0.1.0\n")
+
+
+@pytest.mark.parametrize("arguments", [("nope",), ("run", "--nope"), ("run", "--set"), ("ui", "--port", "0")])
+def test_wrong_usage_is_exit_2(call, arguments):
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("verb", RUN_VERBS)
+def test_an_unknown_configuration(refused, verb, tmp_path):
+    assert refused(verb, "--config", "nope").startswith("--config nope: unknown configuration; give a .yaml file or one of demo,")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("nope=1", "nope: no such setting; allowed: name, data, train,"),
+        ("mix.sampler.nope=1", "mix.sampler.nope: no such setting; allowed: steps, sigma_min, sigma_max, rho"),
+        ("generator.steps=many", "generator.steps: Input should be a valid integer"),
+        ("train.seeds=0", "train.seeds: Input should be greater than or equal to 1, got 0"),
+        ("seeds", "--set seeds: expected dotted.key=value"),
+    ],
+)
+def test_a_bad_setting(refused, override, message, tmp_path):
+    assert refused("run", "--set", override).startswith(message)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_unknown_stage_to_force(refused, tmp_path):
+    assert refused("run", "--force", "nope") == f"--force nope: unknown stage; one of {', '.join(STAGES)}"
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.val=0.9",), "data: "),
+        (("data.source=image-folder", "data.path=none"), "data.path: image folder none does not exist"),
+        (("data.source=image-folder", "data.path=.", "data.channels=2"), "data"),
+    ],
+)
+def test_data_settings_that_only_the_source_can_judge(refused, overrides, message, tmp_path):
+    settings = [word for override in overrides for word in ("--set", override)]
+    assert refused("prepare", "--config", "digits", *settings).startswith(message)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["prepare", "run"])
+def test_an_image_folder_with_one_class(refused, folder, verb, tmp_path):
+    path = folder(cat=5)
+    assert refused(verb, *use(path)) == f"data.path: {path} has 1 class folder(s) with images ['cat']: at least 2 are needed"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["images"]
+
+
+def test_an_empty_image_folder(refused, tmp_path):
+    (tmp_path / "images").mkdir()
+    assert "has 0 class folder(s)" in refused("prepare", *use(tmp_path / "images"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_an_image_that_cannot_be_read_is_named(refused, folder, damage, tmp_path):
+    path = folder(cat=6, dog=6)
+    image = path / "dog" / "3.png"
+    image.write_bytes({"truncated": image.read_bytes()[:-40], "empty": b"", "text": b"not an image"}[damage])
+    message = refused("prepare", *use(path))
+    assert message.startswith(f"cannot read image {image} (")
+    assert message.endswith("): repair or remove it and run again")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["images"]
+
+
+def test_a_good_image_folder_is_read(call, folder, tmp_path):
+    code, out, err = call("prepare", *use(folder(cat=8, dog=8)), "--workspace", "w", "--json")
+    assert code == 0, err
+    assert list(json.loads(out.splitlines()[-1])["stages"]) == ["prepare"]
+    assert json.loads((tmp_path / "w" / "dataset.json").read_text())["class_names"] == ["cat", "dog"]
+    assert (tmp_path / "w" / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("workspace", ["file", "file/w", "file/a/b"])
+def test_a_workspace_that_cannot_be_written(refused, workspace, tmp_path):
+    (tmp_path / "file").touch()
+    message = refused("run", "--workspace", workspace)
+    assert message.startswith(f"--workspace {workspace}: cannot be written (")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense", "127.0.0.1"])
+@pytest.mark.parametrize("verb", ["run", "mix", "prepare"])
+def test_an_address_that_does_not_answer(refused, verb, address, tmp_path):
+    assert refused(verb, "--address", address).startswith(f"--address {address}: ")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", [verb for verb in RUN_VERBS if verb not in ("prepare", "run")])
+def test_a_verb_without_what_it_needs_says_what_to_run(refused, verb, tmp_path):
+    first = "fit-annotators" if verb == "annotate" else verb
+    message = refused(verb, "--workspace", "w")
+    assert (
+        message
+        == f"{first} needs prepare, which was not run in this workspace: run `csm prepare` with the same options first, or `csm run`"
+    )
+    assert not any(tmp_path.iterdir())
+
+
+def test_ui_without_a_store(refused, tmp_path):
+    assert refused("ui", "--workspace", "w") == "--workspace w: has no mlflow.db yet; run `csm run --workspace w` first"
+    assert not any(tmp_path.iterdir())
+
+
+# In a workspace that is finished: a refused command leaves every file as it was.
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "data.val=0.25"), "prepare was made by another configuration there (data.val None -> 0.25)"),
+        (("--set", "generator.steps=4"), "fit-generator was made by another configuration there (generator.steps 3 -> 4)"),
+        (("--set", "plan.sets_per_pair=5"), "mix was made by another configuration there (plan.sets_per_pair 4 -> 5)"),
+        (("--set", "mix.sampler.steps=3"), "mix was made by another configuration there (mix.sampler.steps 2 -> 3)"),
+        (("--set", "plan.seed=1", "--force", "plan"), "mix was made by another configuration there (plan.seed 0 -> 1)"),
+        (("--address", "127.0.0.1:1", "--force", "mix"), "nothing answers at 127.0.0.1 port 1"),
+        (("--address", "127.0.0.1:1"), "nothing answers at 127.0.0.1 port 1"),
+        (("--set", "nope=1", "--force", "mix"), "nope: no such setting"),
+    ],
+)
+def test_a_refused_run_leaves_a_finished_workspace_as_it_was(refused, finished, snapshot, arguments, message):
+    before = snapshot(finished.root)
+    said = refused("run", "--config", finished.config, "--workspace", finished.root, *arguments)
+    assert message in said
+    if "another configuration" in message:
+        stage = message.partition(" ")[0]
+        assert said.endswith(f"; choose another --workspace, or replace it with --force {stage}")
+    assert snapshot(finished.root) == before
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("verb", "override", "message"),
+    [
+        ("mix", "plan.sets_per_pair=5", "mix was made by another configuration there"),
+        ("train", "annotate.scale=3", "train needs annotate, which depends on fit-annotators, which was run with other settings"),
+        (
+            "evaluate",
+            "train.optimizer.epochs=3",
+            "evaluate needs train, which depends on annotate, which depends on fit-annotators",
+        ),
+        (
+            "report",
+            "evaluate.bins=9",
+            "report needs evaluate, which was run with other settings (evaluate.bins 15 -> 9): run `csm evaluate`",
+        ),
+    ],
+)
+def test_a_refused_verb_leaves_a_finished_workspace_as_it_was(refused, finished, snapshot, verb, override, message):
+    before = snapshot(finished.root)
+    assert message in refused(verb, "--config", finished.config, "--workspace", finished.root, "--set", override)
+    assert snapshot(finished.root) == before
+
+
+@pytest.mark.ray
+def test_another_configuration_in_a_finished_workspace(refused, finished, snapshot):
+    before = snapshot(finished.root)
+    message = refused("run", "--config", "demo", "--workspace", finished.root)
+    assert message.startswith(
+        f"--workspace {finished.root}: prepare was made by another configuration there (data.source digits -> digits-hard)"
+    )
+    assert snapshot(finished.root) == before
+
+
+# Failures that are nobody's input.
+
+
+def test_a_failure_is_exit_1_in_one_line_and_debug_shows_where(call, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("flows.run.run_verb", broken)
+    code, out, err = call("plan")
+    assert (code, out) == (1, "")
+    assert err == "csm: failed: RuntimeError: first line second line (--debug shows where; the same command goes on)\n"
+    code, _, err = call("plan", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+    assert "in broken" in err
+
+
+def test_an_interrupt_is_exit_130_in_one_line(call, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.run.run_verb", interrupted)
+    assert call("plan") == (130, "", "csm: interrupted; run the same command again to go on\n")
+
+
+def test_a_full_disk_says_so(call, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device", "/w/mixed/part")
+
+    monkeypatch.setattr("flows.run.run_verb", full)
+    code, _, err = call("mix")
+    assert code == 2
+    assert err.startswith("csm: /w/mixed/part: No space left on device; free space")
+
+
+def test_verbs_cover_every_stage():
+    assert set(VERBS) == set(RUN_VERBS)
+    assert VERBS["run"] == tuple(STAGES)
+    assert {stage for verb in set(RUN_VERBS) - {"run"} for stage in VERBS[verb]} == set(STAGES)
+
+
+def test_the_module_is_a_script_too():
+    assert Path(cli.__file__).read_text().endswith('if __name__ == "__main__":\n    main()\n')

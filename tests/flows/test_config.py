@@ -1,0 +1,290 @@
+import pytest
+import yaml
+
+from csm.errors import InputError
+from flows.config import config_names, load_config, plain
+
+# The bundled configuration for images of one's own says nothing of where they are.
+NEEDED = {"image-folder": ("data.path=somewhere",)}
+BUNDLED = sorted(set(config_names()) - {"default"})
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def refused(name, *overrides):
+    """The message with which a configuration is refused; always one line."""
+    with pytest.raises(InputError) as caught:
+        load_config(name, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_every_bundled_configuration_loads(name):
+    config = load_config(name, NEEDED.get(name, ()))
+    assert config.name == name
+    assert config.description
+    assert list(config.train.methods) == ["cross-entropy", "label-smoothing", "focal", "mixup", "csm-paper", "csm"]
+    assert config.train.chosen == config.train.methods
+
+
+def test_the_demo_is_among_them():
+    assert "demo" in BUNDLED
+
+
+def test_an_image_folder_without_a_path_is_refused():
+    assert refused("image-folder") == "data.path: missing; set it, for example --set data.path=VALUE"
+
+
+@pytest.mark.parametrize("name", ["nope", "default", "", "Demo", "demo.yml.bak"])
+def test_an_unknown_name_is_refused_with_the_known_ones(name):
+    assert refused(name) == f"--config {name}: unknown configuration; give a .yaml file or one of {', '.join(BUNDLED)}"
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert refused(f"{tmp_path}/mine.yaml") == f"--config {tmp_path}/mine.yaml: the file does not exist"
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "mine.yaml").mkdir()
+    assert "does not exist" in refused(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("text", ["train: [1", "a: b: c", "\t- x", "train: {seeds: 1", "\x00"])
+def test_bad_yaml_is_refused_in_one_line(text, config_file):
+    assert ": not valid YAML: " in refused(config_file(text))
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- a\n- b", "list"), ("just words", "str"), ("3", "int")])
+def test_what_is_no_mapping_is_refused(text, kind, config_file):
+    assert refused(config_file(text)).endswith(f": expected a mapping of sections, got {kind}")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
+def test_an_empty_file_is_the_defaults_under_its_name(text, config_file):
+    config = load_config(config_file(text))
+    assert config.name == "mine"
+    assert config.data == {"source": "digits-hard"}
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("nope=1", "name, data, train, description, generator, plan, mix, annotate, evaluate, resources"),
+        ("generator.nope=1", "block_channels, layers_per_block, dropout, steps,"),
+        ("plan.nope=1", "pairs, ratios, sets_per_pair, shard_rows, seed"),
+        ("mix.sampler.nope=1", "steps, sigma_min, sigma_max, rho"),
+        ("train.nope=1", "methods, compare, seeds, network, parameters, optimizer"),
+        ("train.optimizer.nope=1", "epochs, batch_size, learning_rate,"),
+        ("train.methods.csm.nope=1", "description, loss, parameters, mixup, mixed"),
+        ("train.methods.csm.mixed.nope=1", "annotator, loss, weight, schedule, per_real"),
+        ("resources.annotate.nope=1", "min_actors, max_actors, cpus, gpus"),
+        ("resources.train.nope=1", "workers, cpus, gpus"),
+        # these are the arguments of registered functions
+        ("data.nope=1", "val, test, seed, max_shift, blur, noise"),
+        ("train.parameters.nope=1", "width"),
+        ("train.methods.focal.parameters.nope=1", "gamma"),
+        ("train.methods.cross-entropy.parameters.nope=1", "none"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_those_that_are_allowed(override, allowed):
+    message = refused("demo", override)
+    assert message.startswith(f"{override.partition('=')[0]}: no such setting; allowed: {allowed}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("generator.steps=many", "generator.steps: Input should be a valid integer"),
+        ("generator.steps=1.5", "generator.steps: Input should be a valid integer"),
+        ("generator=5", "generator: Input should be a dictionary"),
+        ("generator.block_channels=8", "generator.block_channels: Input should be a valid list, got 8"),
+        ("train.compare=csm", "train.compare: Input should be a valid list, got 'csm'"),
+        ("train.methods.csm=3", "train.methods.csm: Input should be a dictionary"),
+        ("train.methods.csm.mixed=3", "train.methods.csm.mixed: Input should be a dictionary"),
+        ("train.methods.csm.mixed.weight=heavy", "train.methods.csm.mixed.weight: Input should be a valid number"),
+        ("train.optimizer.learning_rate=[1]", "train.optimizer.learning_rate: Input should be a valid number"),
+        ("data=5", "data: Input should be a valid dictionary"),
+        ("data.noise=much", "data.noise: Input should be a valid number"),
+        ("train.parameters.width=wide", "train.parameters.width: Input should be a valid integer"),
+        ("train.methods.focal.parameters.gamma=x", "train.methods.focal.parameters.gamma: Input should be a valid number"),
+        ("name=3", "name: Input should be a valid string, got 3"),
+        ("plan.pairs=some", "plan.pairs: Input should be 'all' or Input should be a valid list, got 'some'"),
+        ("plan.pairs=[[0, a]]", "plan.pairs: Input should be 'all' or Input should be a valid integer"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(override, message):
+    assert refused("demo", override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "generator.steps=0",
+        "generator.dropout=1",
+        "plan.ratios=1",
+        "plan.ratios=256",
+        "plan.sets_per_pair=0",
+        "mix.batch_size=0",
+        "mix.sampler.sigma_min=0",
+        "mix.sampler.sigma_min=80",  # sigma_max
+        "annotate.members=0",
+        "annotate.scale=0",
+        "train.seeds=0",
+        "train.optimizer.epochs=0",
+        "train.optimizer.momentum=1",
+        "train.methods.csm.mixed.weight=-1",
+        "train.methods.mixup.mixup=-0.1",
+        "evaluate.bins=0",
+        "resources.mix.cpus=0",
+        "resources.mix.min_actors=0",
+        "resources.train.gpus=-1",
+    ],
+)
+def test_a_value_out_of_range_is_refused(override):
+    key, _, value = override.partition("=")
+    message = refused("demo", override)
+    assert message.startswith(f"{key}: ")
+    assert message.endswith(f"got {value}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.source=mnist", "data.source: unknown 'mnist'; one of digits, digits-hard, image-folder"),
+        ("train.network=resnet", "train.network: unknown 'resnet'; one of small-cnn"),
+        ("train.compare=[csm, nope]", "train.compare: unknown 'nope'; one of cross-entropy, label-smoothing,"),
+        ("annotate.annotators=[nope]", "annotate.annotators: unknown 'nope'; one of projection, teacher"),
+        ("train.methods.csm.mixed.loss=nope", "train.methods.csm.mixed.loss: unknown 'nope'; one of "),
+        (
+            "train.methods.csm.mixed.schedule=nope",
+            "train.methods.csm.mixed.schedule: unknown 'nope'; one of pair, uniform, interior",
+        ),
+        (
+            "train.methods.focal.loss=nope",
+            "train.methods.focal.loss: unknown loss 'nope'; one of cross-entropy, label-smoothing, focal",
+        ),
+        # known, but this run does not make its annotations
+        ("annotate.annotators=[projection]", "train.methods.csm.mixed.annotator: unknown 'teacher'; one of projection"),
+    ],
+)
+def test_an_unknown_name_of_a_registry_is_refused_before_anything_runs(override, message):
+    assert refused("demo", override).startswith(message)
+
+
+def test_a_method_that_is_not_compared_may_lack_its_annotator():
+    config = load_config("demo", ["annotate.annotators=[projection]", "train.compare=[cross-entropy, csm-paper]"])
+    assert list(config.train.chosen) == ["cross-entropy", "csm-paper"]
+
+
+@pytest.mark.parametrize("override", ["x", "=3", "a..b=3", ".a=1", "a.=1", ""])
+def test_a_malformed_override_is_refused(override):
+    assert refused("demo", override) == f"--set {override}: expected dotted.key=value"
+
+
+def test_an_override_with_bad_yaml_is_refused():
+    assert refused("demo", "plan.pairs=[[0, 1]") == "--set plan.pairs=[[0, 1]: the value is not valid YAML"
+
+
+def test_overrides_are_yaml_and_the_last_one_wins():
+    overrides = [
+        "plan.pairs=[[0, 1], [4, 2]]",
+        "generator.block_channels=[4, 8]",
+        "train.seeds=1",
+        "train.seeds=7",
+        "description=a=b",
+    ]
+    config = load_config("demo", overrides)
+    assert config.plan.pairs == ((0, 1), (4, 2))
+    assert config.generator.block_channels == (4, 8)
+    assert config.train.seeds == 7
+    assert config.description == "a=b"
+    assert config.generator.steps == load_config("demo").generator.steps
+
+
+@pytest.mark.parametrize("text", ["1e-1", "0.1", "'0.1'", ".1"])
+def test_parameters_of_a_source_get_their_types(text):
+    assert load_config("digits", [f"data.val={text}"]).data == {"source": "digits", "val": 0.1}  # YAML reads 1e-1 as a string
+
+
+def test_parameters_of_a_network_get_their_types():
+    assert load_config("digits", ["train.parameters.width='16'"]).train.parameters == {"width": 16}
+
+
+@pytest.mark.parametrize("override", ["train.methods.mixup=null", "train.methods.mixup="])
+def test_null_removes_what_the_defaults_have(override):
+    assert "mixup" not in load_config("demo", [override]).train.methods
+
+
+def test_null_brings_back_the_default_of_a_setting():
+    demo, digits = (load_config(name, ["generator.steps=null", "evaluate.bins=null"]) for name in ("demo", "digits"))
+    assert demo.generator.steps == digits.generator.steps == 1000
+    assert demo.evaluate.bins == 15  # nothing stood there to remove
+
+
+def test_null_removes_the_same_whether_the_file_has_the_section_or_not(config_file):
+    path = config_file("train: {methods: {csm: {loss: focal}}}")
+    for name in ("demo", path):
+        assert load_config(name, ["train.methods.csm.mixed=null"]).train.methods["csm"].mixed is None
+
+
+@pytest.mark.parametrize("key", ["name", "data", "train"])
+def test_null_of_a_whole_needed_section_is_refused(key):
+    assert refused("demo", f"{key}=null") == f"{key}: missing; it must be set"
+
+
+def test_null_of_a_needed_key_is_refused():
+    assert refused("demo", "train.methods=null") == "train.methods: missing; it must be set"
+    assert refused("demo", "data.source=null").startswith("data.source: unknown None; one of ")
+
+
+def test_another_source_replaces_the_parameters_of_the_first(tmp_path):
+    config = load_config("image-folder", ["data.path=p", "data.source=digits"])
+    assert config.data == {"source": "digits"}
+    config = load_config("demo", ["data.noise=0.2", "data.source=image-folder", f"data.path={tmp_path}"])
+    assert config.data == {"source": "image-folder", "path": str(tmp_path)}
+
+
+def test_the_same_source_keeps_its_parameters(config_file):
+    path = config_file("data: {source: digits-hard, noise: 0.3}")
+    assert load_config(path, ["data.source=digits-hard", "data.blur=0.1"]).data == {
+        "source": "digits-hard",
+        "noise": 0.3,
+        "blur": 0.1,
+    }
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("train.methods.mixup=null",),  # a default method that is dropped must not come back
+        ("train.methods.label-smoothing.parameters.alpha=null",),
+        ("train.methods.csm.mixed=null",),
+        ("train.methods.focal={loss: cross-entropy, parameters: null}",),
+        ("train.methods.new={mixup: 0.5}", "train.compare=[new, csm]"),
+        ("plan.pairs=[[0, 1]]", "generator.learning_rate=1e-5", "description='a: \"b\" é\n#'"),
+        ("data.source=digits", "data.val=1e-1"),
+    ],
+)
+def test_the_resolved_configuration_loads_to_an_equal_one(name, overrides, config_file):
+    config = load_config(name, [*NEEDED.get(name, ()), *overrides])
+    text = config.to_yaml()
+    again = load_config(config_file(text))
+    assert again == config
+    assert again.to_yaml() == text
+
+
+def test_plain_values_hold_neither_tuples_nor_paths(tmp_path):
+    value = {"a": (1, (2, 3)), "b": [tmp_path], "c": {"d": None}}
+    assert plain(value) == {"a": [1, [2, 3]], "b": [str(tmp_path)], "c": {"d": None}}
+    assert yaml.safe_load(yaml.safe_dump(plain(value))) == plain(value)

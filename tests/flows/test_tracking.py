@@ -1,0 +1,282 @@
+import threading
+from types import SimpleNamespace
+
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from cluster.training import RunEvent
+from csm import storage
+from csm.runs import RunSpec
+from csm.training import Method, OptimizerConfig
+from flows import train
+from flows.tracking import BATCH, EXPERIMENT, PARAM_CHARACTERS, Tracker, flatten, store_uri
+
+PARENT = "mlflow.parentRunId"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """One store for the tests of this module, each of which uses keys of its own: to make a store takes seconds."""
+    return tmp_path_factory.mktemp("tracking")
+
+
+@pytest.fixture
+def tracker(root):
+    return Tracker(root)
+
+
+@pytest.fixture(scope="module")
+def client(root):
+    return MlflowClient(store_uri(root))
+
+
+def runs(client, name):
+    """Runs with that name."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    return [run for run in client.search_runs([experiment.experiment_id], max_results=1000) if run.info.run_name == name]
+
+
+def test_a_key_opens_one_run_however_often(tracker, client, root):
+    first = tracker.open_run("once", "once", {"a": "1"}, {})
+    assert tracker.open_run("once", "once", {"a": "1"}, {}) == first
+    assert Tracker(root).open_run("once", "once", {"a": "1"}, {}) == first == Tracker(root).run_id("once")
+    assert len(runs(client, "once")) == 1
+
+
+def test_children_name_their_parent_and_their_tags(tracker, client):
+    parent = tracker.open_run("parent", "family", {"csm.kind": "pipeline"}, {})
+    tracker.open_run("child", "member", {"csm.kind": "stage"}, {}, parent)
+    (family,), (member,) = runs(client, "family"), runs(client, "member")
+    assert PARENT not in family.data.tags
+    assert member.data.tags[PARENT] == parent == family.info.run_id
+    assert (family.data.tags["csm.kind"], member.data.tags["csm.kind"]) == ("pipeline", "stage")
+
+
+def test_parameters_are_flat_whole_and_may_be_many(tracker, client):
+    params = {
+        "plan": {"pairs": [[0, 1]], "more": {"seed": 0}},
+        **{f"p{number}": number for number in range(150)},
+        "long": "x" * 9000,
+    }
+    tracker.open_run("params", "params", {}, params)
+    logged = runs(client, "params")[0].data.params
+    assert logged["plan.pairs"] == "[[0, 1]]"
+    assert logged["plan.more.seed"] == "0"
+    assert len(logged) == 153
+    assert logged["long"] == "x" * PARAM_CHARACTERS
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_a_run_ends_with_its_status_and_runs_again_when_it_goes_on(tracker, client, status):
+    tracker.open_run(status, status, {}, {})
+    assert runs(client, status)[0].info.status == "RUNNING"
+    tracker.close_run(status, status)
+    assert runs(client, status)[0].info.status == status
+    assert runs(client, status)[0].info.end_time is not None
+    tracker.open_run(status, status, {}, {})
+    assert runs(client, status)[0].info.status == "RUNNING"
+    tracker.close_run(status)
+    assert runs(client, status)[0].info.status == "FINISHED"
+
+
+def test_no_step_stands_twice_after_work_went_on(tracker, client, root):
+    run = tracker.open_run("steps", "steps", {}, {})
+    tracker.log_steps("steps", [(1, {"loss": 3.0}), (2, {"loss": 2.0})])
+    again = Tracker(root)  # another process, that tells the second epoch again
+    again.log_steps("steps", [(2, {"loss": 2.0}), (3, {"loss": 1.0, "rate": 0.5})])
+    again.log_steps("steps", [])
+    assert [(point.step, point.value) for point in client.get_metric_history(run, "loss")] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert [point.step for point in client.get_metric_history(run, "rate")] == [3]
+
+
+def test_more_points_than_mlflow_takes_at_once(tracker, client):
+    run = tracker.open_run("many", "many", {}, {})
+    tracker.log_steps("many", [(step, {"a": step, "b": -step}) for step in range(1, BATCH)])
+    assert [point.step for point in client.get_metric_history(run, "b")] == list(range(1, BATCH))
+
+
+def test_a_final_metric_has_its_last_value(tracker, client):
+    tracker.open_run("final", "final", {}, {})
+    tracker.log_metrics("final", {"test_ece": 0.2})
+    tracker.log_metrics("final", {"test_ece": 0.1})
+    assert runs(client, "final")[0].data.metrics == {"test_ece": 0.1}
+
+
+def test_files_lie_in_the_workspace(tracker, client, root, tmp_path):
+    run = tracker.open_run("file", "file", {}, {})
+    (tmp_path / "model.json").write_text("{}")
+    tracker.log_file("file", tmp_path / "model.json", "model")
+    assert [entry.path for entry in client.list_artifacts(run, "model")] == ["model/model.json"]
+    assert (root / "mlartifacts" / run / "artifacts" / "model" / "model.json").read_text() == "{}"
+
+
+def test_a_run_that_was_deleted_for_good_is_made_anew(tracker, client, root):
+    index = storage.read_json(root / "tracking.json")
+    index["lost"] = {"run_id": "0" * 32, "step": 7}
+    storage.write_json(root / "tracking.json", index)
+    again = Tracker(root)
+    run = again.open_run("lost", "lost", {}, {})
+    again.log_steps("lost", [(1, {"loss": 1.0})])
+    assert [point.step for point in client.get_metric_history(run, "loss")] == [1]
+
+
+def test_an_unknown_key_is_an_error(tracker):
+    with pytest.raises(KeyError):
+        tracker.log_metrics("never opened", {"a": 1.0})
+    with pytest.raises(KeyError):
+        tracker.close_run("never opened")
+
+
+def test_flatten():
+    assert flatten({"a": {"b": {"c": 1}, "d": []}, "e": None}) == {"a.b.c": 1, "a.d": [], "e": None}
+    assert flatten({}) == {}
+
+
+def make_spec(directory, run):
+    return RunSpec(
+        run=run, method="plain", seed=3, directory=directory / run, data=directory, network="small-cnn", parameters={},
+        settings=Method(), optimizer=OptimizerConfig(epochs=4), mixed=None, fingerprint="f",
+    )  # fmt: skip
+
+
+class FakeContext:
+    """What ``fit_runs`` asks of a context."""
+
+    def __init__(self, tracker, root):
+        self.tracker = tracker
+        self.workspace = SimpleNamespace(root=root)
+        self.config = SimpleNamespace(resources=SimpleNamespace(train=None))
+
+    def connect(self):
+        """Nothing to join."""
+
+    def child(self, key, name, tags, params):
+        self.tracker.open_run(key, name, tags, params)
+        return key
+
+
+def epochs(run, first, last):
+    return [RunEvent(run, "epoch", epoch, {"loss": 1 / epoch}, "") for epoch in range(first, last + 1)]
+
+
+def write_run(spec):
+    """The files of a finished training of four epochs."""
+    spec.directory.mkdir()
+    for file in ("model.safetensors", "model.json", "predictions.parquet"):
+        (spec.directory / file).touch()
+    history = [{"epoch": event.epoch, **event.values} for event in epochs(spec.run, 1, 4)]
+    storage.write_json(spec.directory / "history.json", history)
+    storage.write_json(spec.directory / "run.json", {"fingerprint": spec.fingerprint})
+
+
+def test_a_classifier_that_was_interrupted_has_every_epoch_once_in_the_end(tracker, client, root, tmp_path, monkeypatch):
+    spec = make_spec(tmp_path, "interrupted")
+    context = FakeContext(tracker, root)
+
+    def interrupted(specs, group, directory, name, on_event):
+        for event in epochs(spec.run, 1, 3):
+            on_event(event)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "fit_many", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.fit_runs(context, [spec], "train", "classifier")
+    assert [run.info.status for run in runs(client, spec.run)] == ["KILLED"]
+
+    def went_on(specs, group, directory, name, on_event):
+        write_run(spec)
+        for event in [*epochs(spec.run, 3, 4), RunEvent(spec.run, "done", 0, {}, "")]:  # from its last state, after epoch 2
+            on_event(event)
+
+    monkeypatch.setattr(train, "fit_many", went_on)
+    train.fit_runs(context, [spec], "train", "classifier")
+    (run,) = runs(client, spec.run)
+    assert run.info.status == "FINISHED"
+    assert [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss")] == [
+        (epoch, 1 / epoch) for epoch in (1, 2, 3, 4)
+    ]
+    assert run.data.tags["csm.kind"] == "classifier"
+    assert (run.data.params["seed"], run.data.params["optimizer.epochs"]) == ("3", "4")
+    assert {entry.path for entry in client.list_artifacts(run.info.run_id)} == {
+        "model.safetensors",
+        "model.json",
+        "predictions.parquet",
+    }
+
+
+def test_a_classifier_whose_session_ended_before_it_was_logged_is_logged_later(tracker, client, root, tmp_path, monkeypatch):
+    """Ctrl-C or a kill between the last file of a training and its last line in the store."""
+    spec = make_spec(tmp_path, "unlogged")
+    context = FakeContext(tracker, root)
+    write_run(spec)
+    monkeypatch.setattr(train, "fit_many", lambda *arguments: pytest.fail("it is trained already"))
+    for _ in range(2):
+        train.fit_runs(context, [spec], "train", "classifier")
+        (run,) = runs(client, spec.run)
+        assert run.info.status == "FINISHED"
+        assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
+    assert "model.json" in {entry.path for entry in client.list_artifacts(run.info.run_id)}
+
+
+def test_an_interrupt_while_a_classifier_is_logged_is_made_good(tracker, client, root, tmp_path, monkeypatch):
+    spec = make_spec(tmp_path, "cut")
+    context = FakeContext(tracker, root)
+
+    def trains(specs, group, directory, name, on_event):
+        write_run(spec)
+        for event in [*epochs(spec.run, 1, 4), RunEvent(spec.run, "done", 0, {}, "")]:
+            on_event(event)
+
+    def pressed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit_many", trains)
+        patch.setattr(tracker, "log_file", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            train.fit_runs(context, [spec], "train", "classifier")
+    assert [run.info.status for run in runs(client, spec.run)] == ["KILLED"]
+    train.fit_runs(context, [spec], "train", "classifier")
+    (run,) = runs(client, spec.run)
+    assert run.info.status == "FINISHED"
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
+    assert "model.json" in {entry.path for entry in client.list_artifacts(run.info.run_id)}
+
+
+def test_a_classifier_that_failed_is_marked_and_keeps_its_epochs(tracker, client, root, tmp_path, monkeypatch):
+    spec = make_spec(tmp_path, "failed")
+
+    def fails(specs, group, directory, name, on_event):
+        for event in [*epochs(spec.run, 1, 2), RunEvent(spec.run, "failed", 0, {}, "FloatingPointError: loss is nan")]:
+            on_event(event)
+        raise RuntimeError("1 of 1 trainings failed")
+
+    monkeypatch.setattr(train, "fit_many", fails)
+    with pytest.raises(RuntimeError, match="1 of 1"):
+        train.fit_runs(FakeContext(tracker, root), [spec], "train", "classifier")
+    (run,) = runs(client, spec.run)
+    assert run.info.status == "FAILED"
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [1, 2]
+
+
+def test_two_trackers_at_once_on_a_made_store(root, client):
+    """`csm ui` reads while a run writes."""
+    trackers, errors = [Tracker(root), Tracker(root)], []
+
+    def work(number):
+        try:
+            for step in range(5):
+                client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+                trackers[number]._client.log_metric(trackers[0].run_id("shared"), f"m{number}", step, step=step)
+        except MlflowException as error:
+            errors.append(error)
+
+    trackers[0].open_run("shared", "shared", {}, {})
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert runs(client, "shared")[0].data.metrics == {"m0": 4, "m1": 4}
