@@ -9,6 +9,38 @@ from pydantic import TypeAdapter, ValidationError
 from csm.errors import InputError
 
 
+def expected(error: Any) -> str:
+    """What one of pydantic's ``errors()`` says, in the words of a user: "expected a whole number"."""
+    kind, message = error["type"], error["msg"]
+    for prefix, name in _EXPECTED.items():
+        if kind.startswith(prefix):
+            hint = (
+                " (YAML reads 1e9 as text: write 1.0e+9)" if prefix in ("int_", "float_") and _is_number(error["input"]) else ""
+            )
+            return f"expected {name}{hint}"
+    text: str = message.replace("Input should be ", "expected ")
+    return text.replace("expected greater", "expected a number greater").replace("expected less", "expected a number less")
+
+
+_EXPECTED = {
+    "int_": "a whole number",
+    "float_": "a number",
+    "bool_": "true or false",
+    "string_type": "text",
+    "dict_type": "a section with keys",
+    "dataclass_type": "a section with keys",
+    "tuple_type": "a list",
+}
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, str)
+
+
 def check_parameters(
     function: Callable[..., Any], parameters: Mapping[str, Any], where: str, reserved: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -36,7 +68,7 @@ def check_parameters(
         try:
             checked[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:
-            raise InputError(f"{where}.{key}: {error.errors()[0]['msg']}, got {value!r}") from None
+            raise InputError(f"{where}.{key}: {expected(error.errors()[0])}, got {value!r}") from None
     for name in settable:
         if signature[name].default is inspect.Parameter.empty and name not in parameters:
             raise InputError(f"{where}.{name}: missing; set it, for example --set {where}.{name}=VALUE")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from csm.errors import InputError
+from csm.parameters import expected
 
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ def read_record(path: Path, kind: type[T]) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise InputError(f"{path} is not a {kind.__name__} ({where}: {first['msg']}): remove it and run again") from None
+        raise InputError(f"{path} is not a {kind.__name__} ({where}: {expected(first)}): remove it and run again") from None
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -119,6 +119,7 @@ def _fit_settings(config: Config) -> dict[str, Any]:
 
 FIT_STAGE = Stage(
     name="fit-annotators",
+    unit="annotators",
     code_version=1,
     inputs=("prepare",),
     settings=_fit_settings,
@@ -128,6 +129,7 @@ FIT_STAGE = Stage(
 )
 STAGE = Stage(
     name="annotate",
+    unit="annotations",
     code_version=1,
     inputs=("prepare", "plan", "mix", "fit-annotators"),
     settings=lambda config: {"annotators": list(config.annotate.annotators)},

@@ -119,6 +119,8 @@ def open_workspace(root: Path, create: bool = True) -> Iterator[Workspace]:
         raise InputError(f"--workspace {root}: URLs are not supported yet; give a folder that every node sees")
     if not create and not root.is_dir():
         raise InputError(f"--workspace {root}: does not exist; run `csm run --workspace {root}` first")
+    if root.exists() and not root.is_dir():
+        raise InputError(f"--workspace {root}: cannot be written (it is a file); choose another folder")
     is_new = not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from csm.datasets import DATASETS
 from csm.errors import InputError
 from csm.generators.config import GeneratorConfig
 from csm.losses import HARD, SOFT, build_loss
-from csm.parameters import check_parameters
+from csm.parameters import check_parameters, expected
 from csm.planning import PlanConfig
 from csm.reannotation import ANNOTATORS
 from csm.sampling import SamplerConfig
@@ -124,9 +124,11 @@ def _read(name: str) -> dict[str, Any]:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise InputError(f"--config {name}: the file does not exist")
+            raise InputError(f"--config {name}: {'is a folder, not a file' if path.is_dir() else 'the file does not exist'}")
         return _parse(path.read_text(encoding="utf-8", errors="replace"), name)
     if name == "default" or name not in config_names():
+        if path.is_file():
+            raise InputError(f"--config {name}: expected a file that ends in .yaml or .yml")
         names = ", ".join(known for known in config_names() if known != "default")
         raise InputError(f"--config {name}: unknown configuration; give a .yaml file or one of {names}")
     return _read_bundled(name)
@@ -247,8 +249,8 @@ def _explain(errors: Sequence[Any]) -> str:
     # pydantic has an error for each alternative of a union, and ends its path with the alternative; the user knows only the key.
     while path and not _keys(path[:-1], path[-1]) and len(path) > 1:
         path.pop()
-    alternatives = [other["msg"] for other in errors if [str(part) for part in other["loc"][: len(path)]] == path]
-    reason = " or ".join(dict.fromkeys(alternatives)).replace("valid tuple", "valid list")  # YAML has no tuples
+    alternatives = [expected(other) for other in errors if [str(part) for part in other["loc"][: len(path)]] == path]
+    reason = " or ".join(dict.fromkeys(alternatives)).replace(" or expected ", " or ")
     return f"{'.'.join(path)}: {reason}, got {error['input']!r}"
 
 

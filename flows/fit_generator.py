@@ -60,6 +60,7 @@ def _run(context: Context, record: StageRecord) -> Made:
 
 STAGE = Stage(
     name="fit-generator",
+    unit="steps",
     code_version=1,
     inputs=("prepare",),
     settings=lambda config: {"generator": asdict(config.generator)},

@@ -46,18 +46,22 @@ class _Lines(Task):
     def __init__(self, name: str, total: int) -> None:
         super().__init__(name, total)
         self._started = self._shown = time.monotonic()
+        self._written = ""
 
     def show(self) -> None:
         if time.monotonic() - self._shown >= PLAIN_SECONDS:
             self._line()
 
     def finish(self) -> None:
-        self._line()
+        if self._state() != self._written:
+            self._line()
+
+    def _state(self) -> str:
+        return f"{self.name}: {self.done}/{self.total}{f'  {self.text}' if self.text else ''}"
 
     def _line(self) -> None:
-        self._shown = time.monotonic()
-        text = f"  {self.text}" if self.text else ""
-        print(f"{self.name}: {self.done}/{self.total}{text}  {self._shown - self._started:.0f} s", file=sys.stderr, flush=True)
+        self._shown, self._written = time.monotonic(), self._state()
+        print(f"{self._written}  {self._shown - self._started:.0f} s", file=sys.stderr, flush=True)
 
 
 @contextmanager

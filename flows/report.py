@@ -141,6 +141,7 @@ def _generator_samples(workspace: Workspace, info: DatasetInfo) -> list[tuple[st
 
 STAGE = Stage(
     name="report",
+    unit="methods",
     code_version=1,
     inputs=("prepare", "fit-generator", "plan", "mix", "fit-annotators", "annotate", "train", "evaluate"),
     settings=lambda config: {"name": config.name, "methods": [method.__dict__ for method in compared(config)]},

@@ -36,6 +36,7 @@ class Stage:
         check: look at what the user gave before anything is written or removed; raises ``InputError``.
         run: do the work; called with the stage's record and again after an interruption.
         costly: what it made is never replaced without --force.
+        unit: what its rows are, for the user.
         incremental: it knows itself which of its files are still good, so nothing is removed when its settings change.
     """
 
@@ -48,6 +49,7 @@ class Stage:
     check: Callable[["Context"], object] = lambda context: None
     costly: bool = False
     incremental: bool = False
+    unit: str = "images"
 
 
 @dataclass
@@ -119,7 +121,7 @@ def run_stage(context: Context, name: str) -> None:
     record, wanted = workspace.record(name), _wanted(context, stage)
     if not forced and stale(context, name) is None and record is not None:
         context.outcomes[name] = {"seconds": 0.0, "reused": True, "rows": record.rows}
-        say(f"{name}: reused ({record.rows:,} rows)")
+        say(f"{name}: reused ({record.rows:,} {stage.unit})")
         return
     outputs = stage.outputs(workspace, context.config)
     stage.check(context)
@@ -147,7 +149,7 @@ def run_stage(context: Context, name: str) -> None:
     context.tracker.close_run(key)
     workspace.write_record(replace(wanted, done=True, digest=made.digest, rows=made.rows, seconds=round(spent + seconds, 3)))
     context.outcomes[name] = {"seconds": seconds, "reused": False, "rows": made.rows}
-    say(f"{name}: done, {made.rows:,} rows in {seconds:.1f} s")
+    say(f"{name}: done, {made.rows:,} {stage.unit} in {seconds:.1f} s")
 
 
 def stale(context: Context, name: str) -> str | None:

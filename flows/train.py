@@ -126,6 +126,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 STAGE = Stage(
     name="train",
+    unit="classifiers",
     code_version=1,
     inputs=("prepare", "annotate"),
     settings=_settings,

@@ -24,5 +24,12 @@ def serve(workspace: Path, host: str, port: int) -> None:
         host,
         "--port",
         str(port),
+        "--workers",
+        "1",  # one person looks at one workspace
+        "--uvicorn-opts",
+        "--log-level warning",
     ]
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # its job workers serve none of what csm keeps
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *arguments])

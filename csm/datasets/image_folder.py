@@ -37,7 +37,9 @@ def image_folder(
     if not root.is_dir():
         raise InputError(f"data.path: image folder {root} does not exist")
     if channels not in (1, 3):
-        raise ValueError(f"channels must be 1 or 3, got {channels}")
+        raise InputError(f"data.channels: expected 1 (grey) or 3 (RGB), got {channels}")
+    if not 1 <= size <= 4096:
+        raise InputError(f"data.size: expected pixels from 1 to 4096, got {size}")
     parts = {"train": root / "train"} if (root / "train").is_dir() else {"": root}
     parts |= {name: root / name for name in ("val", "test") if "train" in parts and (root / name).is_dir()}
     files = {name: _files(folder) for name, folder in parts.items()}

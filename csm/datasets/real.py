@@ -87,7 +87,9 @@ def build(
         raise InputError(f"data set {name!r} has {n_classes} class ({', '.join(class_names)}): at least 2 are needed to mix")
     for split in tables.SPLITS:
         if not (splits == split).any():
-            raise InputError(f"data set {name!r} has no image in split {split!r}: give it more images or another split fraction")
+            raise InputError(
+                f"data set {name!r} has no image in split {split!r}: give it more images, or change data.val and data.test"
+            )
     train = images[splits == "train"].astype(np.float64) / 255.0
     missing = sorted(set(range(n_classes)) - set(labels[splits == "train"].tolist()))
     if missing:
@@ -122,7 +124,7 @@ def stratified_splits(labels: np.ndarray, val: float, test: float, seed: int) ->
     the labels and ``seed``.
     """
     if val < 0 or test < 0 or val + test >= 1:
-        raise ValueError(f"val and test must be fractions with val + test < 1, got {val} and {test}")
+        raise InputError(f"data.val, data.test: expected fractions whose sum is below 1, got {val} and {test}")
     generator = np.random.default_rng(seed)
     splits = np.full(len(labels), "train", dtype="<U5")
     for label in np.unique(labels):

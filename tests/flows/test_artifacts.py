@@ -96,7 +96,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
 @pytest.mark.parametrize("below", ["file", "file/workspace", "file/a/b"])
 def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path, below):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match=r"cannot be written \((File exists|Not a directory)\); choose another folder"):
+    with pytest.raises(InputError, match=r"cannot be written \((it is a file|Not a directory)\); choose another folder"):
         open_workspace(tmp_path / below).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "mine"

@@ -132,8 +132,8 @@ def test_an_unknown_configuration(refused, verb, tmp_path):
     [
         ("nope=1", "nope: no such setting; allowed: name, data, train,"),
         ("mix.sampler.nope=1", "mix.sampler.nope: no such setting; allowed: steps, sigma_min, sigma_max, rho"),
-        ("generator.steps=many", "generator.steps: Input should be a valid integer"),
-        ("train.seeds=0", "train.seeds: Input should be greater than or equal to 1, got 0"),
+        ("generator.steps=many", "generator.steps: expected a whole number"),
+        ("train.seeds=0", "train.seeds: expected a number greater than or equal to 1, got 0"),
         ("seeds", "--set seeds: expected dotted.key=value"),
     ],
 )
@@ -150,9 +150,10 @@ def test_an_unknown_stage_to_force(refused, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("data.val=0.9",), "data: "),
+        (("data.val=0.9",), "data.val, data.test: expected fractions whose sum is below 1"),
         (("data.source=image-folder", "data.path=none"), "data.path: image folder none does not exist"),
-        (("data.source=image-folder", "data.path=.", "data.channels=2"), "data"),
+        (("data.source=image-folder", "data.path=.", "data.channels=2"), "data.channels: expected 1 (grey) or 3 (RGB), got 2"),
+        (("data.source=image-folder", "data.path=.", "data.size=0"), "data.size: expected pixels"),
     ],
 )
 def test_data_settings_that_only_the_source_can_judge(refused, overrides, message, tmp_path):
