@@ -1,4 +1,4 @@
-"""Generators: whatever the model, it becomes ``embed(labels)`` and ``denoise(x, sigma, condition)``."""
+"""Generators: whatever the model, it becomes ``embed(labels)``, ``denoise(x, sigma, condition)`` and ``decode(x)``."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,17 +11,34 @@ from csm.errors import InputError
 
 
 class Generator(Protocol):
-    """What mixing needs of a generative model. Images are in [-1, 1]."""
+    """What mixing needs of a generative model.
+
+    Attributes:
+        device: where it computes.
+        n_classes: classes that ``embed`` takes: those of the data set, 0..n_classes-1.
+        noise_shape: (C, H, W) of the noise that it starts from: of pixels, or of a latent code.
+        sigma_range: lowest and highest noise level that it was trained on; solvers stay inside.
+    """
 
     @property
     def device(self) -> torch.device: ...
+    @property
+    def n_classes(self) -> int: ...
+    @property
+    def noise_shape(self) -> tuple[int, int, int]: ...
+    @property
+    def sigma_range(self) -> tuple[float, float]: ...
 
     def embed(self, labels: torch.Tensor) -> torch.Tensor:
-        """Condition vectors (N, E) of labels int64 (N,)."""
+        """Conditions (N, ...) of labels int64 (N,); the condition of a mixture of classes is a mixture of these."""
         ...
 
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Clean images (N, C, H, W) from x (N, C, H, W), sigma (N,) and condition (N, E)."""
+        """E[clean | x, condition] float32 (N, C, H, W), from x = clean + sigma * noise float32 (N, C, H, W), sigma float32 (N,)."""
+        ...
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images float32 (N, channels, height, width), nominally in [-1, 1], from what ``denoise`` gives; pixel models return it."""
         ...
 
 
