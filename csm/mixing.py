@@ -9,7 +9,7 @@ from csm import tables
 from csm.generators import Generator
 from csm.generators.conditioning import mix_embeddings
 from csm.noise import initial_noise
-from csm.sampling import SamplerConfig, heun, karras_sigmas
+from csm.sampling import SamplerConfig, solve
 
 
 def mix(
@@ -64,8 +64,7 @@ def _denoise(
     """uint8 (N, C, H, W) from the noise of ``seeds`` under ``condition`` (N, E)."""
     height, width, channels = shape
     noise = initial_noise(seeds, (channels, height, width)).to(generator.device)
-    sigmas = karras_sigmas(sampler.steps, sampler.sigma_min, sampler.sigma_max, sampler.rho).to(generator.device)
-    images = heun(lambda x, sigma: generator.denoise(x, sigma, condition), noise, sigmas)
+    images = solve(lambda x, sigma: generator.denoise(x, sigma, condition), noise, sampler)
     if not images.isfinite().all():
         raise FloatingPointError("mixing: the generator gave pixels that are not finite: fit it again or import another one")
     return to_uint8(images)

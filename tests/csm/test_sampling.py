@@ -1,11 +1,12 @@
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from csm.sampling import SamplerConfig, heun, karras_sigmas
+from csm.sampling import SOLVERS, SPACINGS, SamplerConfig, evaluations, heun, karras_sigmas, noise_levels, solve
 
 MU, SPREAD = 0.3, 0.5
 
@@ -105,7 +106,79 @@ def test_no_gradient_is_kept() -> None:
     assert not heun(lambda x, sigma: x * weight * 0.5, noise(), karras_sigmas(3)).requires_grad
 
 
-@pytest.mark.parametrize("settings", [{"steps": 0}, {"sigma_min": 0}, {"sigma_max": -1}, {"rho": 0}, {"solver": "heun"}])
-def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"steps": 0}, {"sigma_min": 0}, {"sigma_max": -1}, {"rho": 0}, {"solver": "rk4"}, {"spacing": "even"}]
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(settings))):
         SamplerConfig(**settings)
+
+
+# Highest noise, number of steps: where the errors are well above float32's rounding and the higher terms have died out.
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1.0), ("heun", 2.0), ("dpmpp-2m", 2.0), ("multistep-3", 3.0)])
+@pytest.mark.parametrize("spacing", list(SPACINGS))
+def test_every_solver_shows_its_order_on_the_flow_of_a_gaussian(solver: str, order: float, spacing: str) -> None:
+    low, high = 0.05, 10.0
+
+    def error(steps: int) -> float:
+        sigmas = SPACINGS[spacing](steps, low, high)[:-1]  # to sigma_min, where the exact flow is known too
+        images = SOLVERS[solver](gaussian, noise(), sigmas)
+        exact = MU + (noise().double() * high - MU) * math.hypot(SPREAD, low) / math.hypot(SPREAD, high)
+        return (images.double() - exact).abs().max().item()
+
+    errors = [error(steps) for steps in (24, 48)]
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.45)
+    assert errors[1] < 0.05
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_evaluations_are_counted_as_they_are_made(solver: Any, steps: int) -> None:
+    calls: list[int] = []
+
+    def counting(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return gaussian(x, sigma)
+
+    config = SamplerConfig(solver=solver, steps=steps)
+    images = solve(counting, noise(), config)
+    assert len(calls) == evaluations(config)
+    assert images.dtype == torch.float32
+    assert images.shape == noise().shape
+
+
+@pytest.mark.parametrize("solver", list(SOLVERS))
+def test_every_solver_ends_where_the_flow_ends(solver: Any) -> None:
+    images = solve(gaussian, noise(), SamplerConfig(solver=solver, steps=400, sigma_max=20.0))
+    assert torch.allclose(images.double(), flow(noise() * 20.0, 20.0), atol=0.03 if solver == "euler" else 1e-3)
+
+
+def test_a_solver_is_exact_where_the_denoiser_is_constant() -> None:
+    for solver in SOLVERS.values():
+        images = solver(lambda x, sigma: torch.full_like(x, 0.25), noise(), karras_sigmas(5))
+        assert torch.allclose(images, torch.full_like(images, 0.25), atol=1e-6)
+
+
+def test_two_steps_of_dpmpp_2m_by_hand() -> None:
+    sigmas = torch.tensor([4.0, 2.0, 0.5], dtype=torch.float64)
+    x = noise(1).double() * 4.0
+    first = gaussian(x, torch.tensor([4.0]))
+    x = 0.5 * x + 0.5 * first
+    second = gaussian(x, torch.tensor([2.0]))
+    ratio = math.log(4.0 / 2.0) / math.log(2.0 / 0.5)  # r of Alg. 2
+    mixed = (1 + 1 / (2 * ratio)) * second - first / (2 * ratio)
+    x = 0.25 * x + 0.75 * mixed
+    assert torch.allclose(SOLVERS["dpmpp-2m"](gaussian, noise(1), sigmas).double(), x, atol=1e-6)
+
+
+def test_exponential_levels_have_one_ratio() -> None:
+    sigmas = noise_levels(SamplerConfig(spacing="exponential", steps=7, sigma_min=0.01, sigma_max=10.0))
+    ratios = (sigmas[1:-1] / sigmas[:-2]).tolist()
+    assert ratios == pytest.approx([10 ** (-3 / 6)] * 6)
+    assert sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("spacing", list(SPACINGS))
+def test_every_spacing_refuses_levels_that_do_not_fall(spacing: str) -> None:
+    with pytest.raises(ValueError, match="0 < sigma_min < sigma_max, got 2 and 1"):
+        SPACINGS[spacing](5, 2, 1)
