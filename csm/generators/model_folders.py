@@ -85,6 +85,9 @@ def _weight_files(folder: Path, weights: str) -> list[Path]:
         return [folder / name for name in names]
     if single.exists():
         return [single]
+    variants = sorted(file.name for file in folder.glob(f"{weights}.*.safetensors"))
+    if variants:  # half precision, or not averaged: the user's choice
+        raise InputError(f"{single} does not exist, only {', '.join(variants)}: rename the one to use")
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         raise InputError(

@@ -75,6 +75,11 @@ def test_a_missing_file_is_named(folder: Path, missing: str) -> None:
     refused(folder, f"{missing} does not exist")
 
 
+def test_a_variant_must_be_chosen(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    refused(folder, rf"{WEIGHTS} does not exist, only diffusion_pytorch_model.fp16.safetensors: rename the one to use")
+
+
 def test_a_missing_shard_is_named(folder: Path) -> None:
     index = {"metadata": {}, "weight_map": {"conv_in.weight": "part-2.safetensors"}}
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
