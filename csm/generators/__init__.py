@@ -48,7 +48,30 @@ def _load_unet(directory: Path) -> Generator:
     return load_unet(directory)
 
 
-GENERATORS: dict[str, Callable[[Path], Generator]] = {"unet": _load_unet}
+def _load_diffusers_unet(directory: Path) -> Generator:
+    from csm.generators.diffusers_unet import load_diffusers_unet
+
+    return load_diffusers_unet(directory)
+
+
+def _load_dit(directory: Path) -> Generator:
+    from csm.generators.dit import load_dit
+
+    return load_dit(directory)
+
+
+def _load_stable_diffusion(directory: Path) -> Generator:
+    from csm.generators.stable_diffusion import load_stable_diffusion
+
+    return load_stable_diffusion(directory)
+
+
+GENERATORS: dict[str, Callable[[Path], Generator]] = {
+    "unet": _load_unet,
+    "diffusers-unet": _load_diffusers_unet,
+    "dit": _load_dit,
+    "stable-diffusion": _load_stable_diffusion,
+}
 
 
 def load_generator(directory: Path) -> Generator:

@@ -7,8 +7,8 @@ def mix_embeddings(embedding_a: torch.Tensor, embedding_b: torch.Tensor, lam: to
     """lam * c_a + (1 - lam) * c_b (Luo et al. 2025, semantic mixing in the embedding space).
 
     Args:
-        embedding_a, embedding_b: condition vectors (N, E) of the two classes.
+        embedding_a, embedding_b: conditions (N, ...) of the two classes, for instance vectors (N, E) or encoded texts (N, T, D).
         lam: share of class a (N,), in [0, 1].
     """
-    share = lam.view(-1, 1)
+    share = lam.view(-1, *[1] * (embedding_a.ndim - 1))
     return share * embedding_a + (1 - share) * embedding_b

@@ -1,9 +1,11 @@
-"""What the import of every kind of trained model shares: the user's wishes, and which of the model's classes the data's are."""
+"""The import of models that somebody else trained: which kind a path is, and what the import of every kind shares."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from csm.errors import InputError
+from csm.generators.model_folders import read_config
 
 
 @dataclass(frozen=True)
@@ -40,3 +42,65 @@ def class_numbers(options: ImportOptions, n_model: int) -> tuple[int, ...]:
     if len(set(numbers)) != n_data:
         raise InputError("generator.classes: two classes of the data have the same class of the model")
     return tuple(numbers)
+
+
+def detect(path: Path) -> str:
+    """The kind of the model at ``path``, a key of ``IMPORTERS``; ``InputError`` if it is none of them."""
+    if path.suffix == ".pkl" and path.is_file():
+        return "edm"
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    index, single = path / "model_index.json", path / "config.json"
+    if index.exists():
+        config = read_config(index)
+        name = config.get("_class_name")
+        if name == "DiTPipeline":
+            return "dit"
+        if name == "StableDiffusionPipeline":
+            return "stable-diffusion"
+        if config.get("unet") == ["diffusers", "UNet2DModel"]:
+            return "diffusers-unet"
+        found = f"{index} is of a {name}"
+    elif single.exists():
+        name = read_config(single).get("_class_name")
+        if name == "UNet2DModel":
+            return "diffusers-unet"
+        found = f"{single} is of a {name}"
+    else:
+        found = f"{path} is neither a .pkl file nor a folder with model_index.json or config.json"
+    raise InputError(
+        f"{found}; expected EDM's network as a .pkl file, or diffusers' folder of a DiTPipeline, a StableDiffusionPipeline, "
+        "a pipeline with a UNet2DModel, or a UNet2DModel"
+    )
+
+
+def _import_edm(path: Path, directory: Path, options: ImportOptions) -> None:
+    from csm.generators.edm import import_edm
+
+    import_edm(path, directory, options)
+
+
+def _import_diffusers_unet(path: Path, directory: Path, options: ImportOptions) -> None:
+    from csm.generators.diffusers_unet import import_diffusers_unet  # importing diffusers takes seconds; only who needs it pays
+
+    import_diffusers_unet(path, directory, options)
+
+
+def _import_dit(path: Path, directory: Path, options: ImportOptions) -> None:
+    from csm.generators.dit import import_dit
+
+    import_dit(path, directory, options)
+
+
+def _import_stable_diffusion(path: Path, directory: Path, options: ImportOptions) -> None:
+    from csm.generators.stable_diffusion import import_stable_diffusion
+
+    import_stable_diffusion(path, directory, options)
+
+
+IMPORTERS: dict[str, Callable[[Path, Path, ImportOptions], None]] = {
+    "edm": _import_edm,
+    "diffusers-unet": _import_diffusers_unet,
+    "dit": _import_dit,
+    "stable-diffusion": _import_stable_diffusion,
+}

@@ -57,6 +57,20 @@ class UNetGenerator(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
+    @property
+    def n_classes(self) -> int:
+        return self.spec.n_classes
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        height, width, channels = self.spec.shape
+        return channels, height, width
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """EDM's for sampling (Karras et al. 2022, table 1), whatever the noise that the training drew."""
+        return 0.002, 80.0
+
     def embed(self, labels: torch.Tensor) -> torch.Tensor:
         """Condition vectors (N, E) of class labels int64 (N,)."""
         vectors: torch.Tensor = self.embedding(labels)
@@ -79,6 +93,10 @@ class UNetGenerator(nn.Module):
         output = self.unet(c_in * x, c_noise, class_labels=condition, return_dict=False)[0]
         denoised: torch.Tensor = c_skip * x + c_out * output
         return denoised
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` itself: the model works on pixels."""
+        return x
 
     def save(self, directory: Path) -> None:
         """Write ``model.safetensors`` and then ``generator.json``."""

@@ -79,6 +79,18 @@ def test_shapes(shape: tuple[int, int, int]) -> None:
     assert model.device == torch.device("cpu")
 
 
+def test_what_solvers_need_to_know() -> None:
+    model = generator(UNetSpec((4, 8, 1), 3, 0.4, (8, 16), 1, 0.0))
+    assert model.n_classes == 3
+    assert model.noise_shape == (1, 4, 8)  # channels first, where the spec has them last
+    assert model.sigma_range == (0.002, 80.0)
+
+
+def test_decoding_leaves_pixels_as_they_are() -> None:
+    x = 2 * batch()
+    assert torch.equal(generator().decode(x), x)
+
+
 def test_a_saved_generator_is_the_same(tmp_path: Path) -> None:
     model = generator()
     model.save(tmp_path)

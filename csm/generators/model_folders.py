@@ -1,0 +1,107 @@
+"""Models as diffusers and transformers save them: a folder with ``config.json`` and safetensors. Nothing here unpickles."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from csm.errors import InputError
+
+
+def read_config(path: Path, classes: Sequence[str] = ()) -> dict[str, Any]:
+    """The JSON object in ``path``, which diffusers or transformers wrote.
+
+    Args:
+        path: a ``config.json``, ``scheduler_config.json`` or ``model_index.json``.
+        classes: if given, its ``_class_name`` must be one of these.
+
+    Raises:
+        InputError: the file is missing, damaged or of another class.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path} does not exist") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object")
+    if classes and value.get("_class_name") not in classes:
+        raise InputError(f"{path}: {value.get('_class_name')!r} cannot be used; expected {' or '.join(classes)}")
+    return value
+
+
+def read_model(kind: Any, folder: Path, weights: str = "diffusion_pytorch_model") -> Any:
+    """The model saved in ``folder``, float32, on the CPU, in evaluation mode and without gradients.
+
+    Args:
+        kind: the class of diffusers or transformers that has ``from_pretrained``.
+        folder: with ``config.json`` and ``{weights}.safetensors``, or shards and their ``{weights}.safetensors.index.json``.
+        weights: "diffusion_pytorch_model" for diffusers, "model" for transformers.
+
+    Raises:
+        InputError: a file is missing or damaged, the weights are pickles, or weights and configuration do not fit each other.
+    """
+    read_config(folder / "config.json")
+    for file in _weight_files(folder, weights):
+        _check_whole(file)
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    # low_cpu_mem_usage needs accelerate; transformers' models have no such option.
+    options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False} if weights != "model" else {"dtype": torch.float32}
+    try:
+        model, report = kind.from_pretrained(folder, **options)
+    except (
+        Exception
+    ) as error:  # many types for a configuration that does not fit: TypeError, ValueError, RuntimeError, OSError, ...
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder} cannot be loaded as {kind.__name__} ({type(error).__name__}: {reason})") from None
+    if report["missing_keys"]:  # both libraries would go on with random numbers
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"{folder}: {len(missing)} of the weights of {kind.__name__} are missing, for example {missing[0]}")
+    return model.eval().requires_grad_(False)
+
+
+def write_model(model: Any, folder: Path) -> None:
+    """Save ``model`` so that ``read_model`` reads it, in place of what ``folder`` held: shards of a larger one would be read first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+
+
+def _weight_files(folder: Path, weights: str) -> list[Path]:
+    """The safetensors files of ``folder``; ``InputError`` if there are none."""
+    single = folder / f"{weights}.safetensors"
+    index = folder / f"{weights}.safetensors.index.json"
+    if index.exists():  # both libraries prefer it; the files that it names are loaded by their ending, so no other is let through
+        shards = read_config(index).get("weight_map")
+        names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
+        if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+            raise InputError(f"{index} names no safetensors files of its own folder")
+        return [folder / name for name in names]
+    if single.exists():
+        return [single]
+    variants = sorted(file.name for file in folder.glob(f"{weights}.*.safetensors"))
+    if variants:  # half precision, or not averaged: the user's choice
+        raise InputError(f"{single} does not exist, only {', '.join(variants)}: rename the one to use")
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        raise InputError(
+            f"{folder} holds its weights only as pickles ({pickles[0]}), which can run code: save them as {single.name} first"
+        )
+    raise InputError(f"{single} does not exist")
+
+
+def _check_whole(path: Path) -> None:
+    """``InputError`` if ``path`` is no whole safetensors file; reads only its header."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error})") from None

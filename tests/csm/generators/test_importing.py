@@ -1,0 +1,108 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import csm
+from csm.errors import InputError
+from csm.generators import GENERATORS, load_generator
+from csm.generators.importing import IMPORTERS, ImportOptions, class_numbers, detect
+
+
+def test_the_kind_of_each_model_that_can_be_imported(
+    unet_pipeline: Path, dit_pipeline: Path, stable_diffusion_pipeline: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "edm.pkl").write_bytes(b"")
+    assert detect(tmp_path / "edm.pkl") == "edm"
+    assert detect(unet_pipeline) == "diffusers-unet"
+    assert detect(unet_pipeline / "unet") == "diffusers-unet"
+    assert detect(dit_pipeline) == "dit"
+    assert detect(stable_diffusion_pipeline) == "stable-diffusion"
+
+
+def test_any_pipeline_with_such_a_unet_is_one(tmp_path: Path) -> None:
+    index = {"_class_name": ["pipeline", "OwnPipeline"], "unet": ["diffusers", "UNet2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert detect(tmp_path) == "diffusers-unet"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("diffusers-unet", ImportOptions(("a", "b"), (1, 3))),
+        ("dit", ImportOptions(("a", "b"), (1, 3), guidance=2.0)),
+        ("stable-diffusion", ImportOptions(("a", "b"), prompt="{}")),
+    ],
+)
+def test_what_each_kind_imports_is_loaded_by_its_name(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, options: ImportOptions
+) -> None:
+    fixture = {"diffusers-unet": "unet_pipeline", "dit": "dit_pipeline", "stable-diffusion": "stable_diffusion_pipeline"}[kind]
+    source: Path = request.getfixturevalue(fixture)
+    IMPORTERS[detect(source)](source, tmp_path, options)
+    assert json.loads((tmp_path / "generator.json").read_text())["kind"] == kind
+    assert kind in GENERATORS
+    assert load_generator(tmp_path).n_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, r"model_index.json is of a StableDiffusionXLPipeline"),
+        ("model_index.json", {}, r"model_index.json is of a None"),
+        ("config.json", {"_class_name": "UNet2DConditionModel"}, r"config.json is of a UNet2DConditionModel"),
+        ("config.json", {"model_type": "gpt2"}, r"config.json is of a None"),
+        ("other.json", {}, r"neither a .pkl file nor a folder with model_index.json or config.json"),
+    ],
+)
+def test_others_are_refused_in_one_line_that_says_what_was_expected(
+    tmp_path: Path, name: str, content: dict[str, Any], message: str
+) -> None:
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(
+        InputError, match=rf"{message}; expected EDM's .*DiTPipeline.*StableDiffusionPipeline.*UNet2DModel"
+    ) as caught:
+        detect(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for name in ("none.pkl", "none"):
+        with pytest.raises(InputError, match=rf"{name} does not exist"):
+            detect(tmp_path / name)
+
+
+def test_a_damaged_index_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(InputError, match=r"model_index.json is not valid JSON"):
+        detect(tmp_path)
+
+
+def test_without_numbers_the_classes_are_the_same() -> None:
+    assert class_numbers(ImportOptions(("a", "b")), 2) == (0, 1)
+    assert class_numbers(ImportOptions(("a", "b"), (7, 3)), 10) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ((), r"the model has 10 classes and the data 2; .* a list of 2 numbers"),
+        ((1,), r"expected 2 numbers, one for each class of the data, got 1"),
+        ((1, 10), r"10 is no class of the model, which has 0..9"),
+        ((1, -1), r"-1 is no class"),
+        ((4, 4), r"two classes of the data have the same class"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(classes: tuple[int, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        class_numbers(ImportOptions(("a", "b"), classes), 10)
+
+
+def test_importing_this_module_does_not_import_diffusers() -> None:
+    code = "import sys, csm.generators.importing; print('diffusers' in sys.modules)"
+    root = Path(csm.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -1,0 +1,127 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from csm.errors import InputError
+from csm.generators.model_folders import read_config, read_model, write_model
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(unet_pipeline: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(unet_pipeline / "unet", tmp_path / "model"))
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        read_model(UNet2DModel, folder)
+    assert "\n" not in str(caught.value)
+
+
+def same(left: torch.nn.Module, right: torch.nn.Module) -> bool:
+    ours, theirs = left.state_dict(), right.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_model_is_read_for_evaluation(folder: Path) -> None:
+    model = read_model(UNet2DModel, folder)
+    assert same(model, UNet2DModel.from_pretrained(folder))
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_half_precision_becomes_single(folder: Path, tmp_path: Path) -> None:
+    half = UNet2DModel.from_pretrained(folder).half()
+    half.save_pretrained(tmp_path / "half")
+    model = read_model(UNet2DModel, tmp_path / "half")
+    assert model.dtype == torch.float32
+    assert same(model, half.float())
+
+
+def test_shards_are_read_and_replaced_when_written_again(folder: Path, tmp_path: Path) -> None:
+    original = UNet2DModel.from_pretrained(folder)
+    original.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    model = read_model(UNet2DModel, tmp_path / "shards")
+    assert same(model, original)
+    write_model(model, tmp_path / "shards")
+    assert sorted(file.name for file in (tmp_path / "shards").iterdir()) == ["config.json", WEIGHTS]
+    assert same(read_model(UNet2DModel, tmp_path / "shards"), original)
+
+
+def test_pickles_are_refused_and_never_opened(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / "diffusion_pytorch_model.bin").write_bytes(b"no matter what is in here")
+    refused(folder, r"only as pickles \(diffusion_pytorch_model.bin\), which can run code: save them as .*safetensors first")
+
+
+def test_pickles_in_the_list_of_shards_are_refused(folder: Path) -> None:
+    (folder / "evil.bin").write_bytes(b"no matter what is in here")
+    for name in ("evil.bin", "../model.safetensors", ""):
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"conv_in.weight": name}}))
+        refused(folder, r"index.json names no safetensors files of its own folder")
+
+
+@pytest.mark.parametrize("missing", ["config.json", WEIGHTS])
+def test_a_missing_file_is_named(folder: Path, missing: str) -> None:
+    (folder / missing).unlink()
+    refused(folder, f"{missing} does not exist")
+
+
+def test_a_variant_must_be_chosen(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    refused(folder, rf"{WEIGHTS} does not exist, only diffusion_pytorch_model.fp16.safetensors: rename the one to use")
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"conv_in.weight": "part-2.safetensors"}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    refused(folder, r"part-2.safetensors does not exist")
+
+
+def test_a_truncated_file_is_named(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-10])
+    refused(folder, rf"{WEIGHTS} is not a whole safetensors file")
+
+
+def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["conv_in.weight"]
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    refused(folder, r"1 of the weights of UNet2DModel are missing, for example conv_in.weight")
+
+
+def test_weights_of_another_configuration_are_refused(folder: Path, edit: Callable[..., None]) -> None:
+    edit(folder / "config.json", in_channels=1)
+    refused(folder, r"model cannot be loaded as UNet2DModel \(.*conv_in.weight")
+
+
+def test_a_configuration_that_makes_no_model_is_refused(folder: Path, edit: Callable[..., None]) -> None:
+    edit(folder / "config.json", down_block_types=["NoSuchBlock", "DownBlock2D"])
+    refused(folder, r"model cannot be loaded as UNet2DModel \(.*NoSuchBlock")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "is not a JSON object"),
+        ('{"_class_name": "B"}', "'B' cannot be used; expected A or C"),
+    ],
+)
+def test_damaged_configurations_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=f"config.json.*{message}"):
+        read_config(tmp_path / "config.json", ["A", "C"])
+
+
+def test_a_folder_in_place_of_a_configuration_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
+        read_config(tmp_path)
