@@ -86,7 +86,8 @@ def multistep(denoise: Denoiser, noise: torch.Tensor, sigmas: torch.Tensor, orde
 
     With lambda = -ln(sigma), x_t = (sigma_t / sigma_s) x_s + integral of e^(lambda - lambda_t) D(lambda) from lambda_s to lambda_t
     is exact (Lu et al. 2022, DPM-Solver++, prop. 4.1 with alpha = 1); the integral becomes a weighted sum of the last ``order`` values
-    of D. The first steps, which have fewer of them, are of lower order; the last one, to 0, is the limit of the first-order step.
+    of D. The first steps, which have fewer of them, are of lower order: harmless at high noise, where D barely changes. The last
+    one, to 0, is the limit of the first-order step.
 
     Args:
         weights: (lambdas of the known values, the newest first; lambda_t) -> their weights.
@@ -114,7 +115,7 @@ def _dpmpp_2m(times: Sequence[float], end: float) -> list[float]:
 
 
 def _exact(times: Sequence[float], end: float) -> list[float]:
-    """The integral over the polynomial through the known values, exactly (exponential Adams-Bashforth; DEIS of Zhang & Chen 2023 in lambda).
+    """The exact integral over the polynomial through the known values (exponential Adams-Bashforth; cf. DEIS, Zhang & Chen 2023).
 
     Gauss-Legendre quadrature is exact to rounding here; the closed form loses digits on short steps.
     """

@@ -46,8 +46,6 @@ def class_numbers(options: ImportOptions, n_model: int) -> tuple[int, ...]:
 
 def detect(path: Path) -> str:
     """The kind of the model at ``path``, a key of ``IMPORTERS``; ``InputError`` if it is none of them."""
-    if path.suffix == ".pkl" and path.is_file():
-        return "edm"
     if not path.exists():
         raise InputError(f"{path} does not exist")
     index, single = path / "model_index.json", path / "config.json"
@@ -67,17 +65,11 @@ def detect(path: Path) -> str:
             return "diffusers-unet"
         found = f"{single} is of a {name}"
     else:
-        found = f"{path} is neither a .pkl file nor a folder with model_index.json or config.json"
+        found = f"{path} is no folder with model_index.json or config.json"
     raise InputError(
-        f"{found}; expected EDM's network as a .pkl file, or diffusers' folder of a DiTPipeline, a StableDiffusionPipeline, "
-        "a pipeline with a UNet2DModel, or a UNet2DModel"
+        f"{found}; expected diffusers' folder of a DiTPipeline, a StableDiffusionPipeline, a pipeline with a UNet2DModel, "
+        "or a UNet2DModel"
     )
-
-
-def _import_edm(path: Path, directory: Path, options: ImportOptions) -> None:
-    from csm.generators.edm import import_edm
-
-    import_edm(path, directory, options)
 
 
 def _import_diffusers_unet(path: Path, directory: Path, options: ImportOptions) -> None:
@@ -99,7 +91,6 @@ def _import_stable_diffusion(path: Path, directory: Path, options: ImportOptions
 
 
 IMPORTERS: dict[str, Callable[[Path, Path, ImportOptions], None]] = {
-    "edm": _import_edm,
     "diffusers-unet": _import_diffusers_unet,
     "dit": _import_dit,
     "stable-diffusion": _import_stable_diffusion,

@@ -114,7 +114,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
         SamplerConfig(**settings)
 
 
-# Highest noise, number of steps: where the errors are well above float32's rounding and the higher terms have died out.
+# At these numbers of steps the errors are well above float32's rounding. More than the order is luck of opposite signs, and allowed.
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1.0), ("heun", 2.0), ("dpmpp-2m", 2.0), ("multistep-3", 3.0)])
 @pytest.mark.parametrize("spacing", list(SPACINGS))
 def test_every_solver_shows_its_order_on_the_flow_of_a_gaussian(solver: str, order: float, spacing: str) -> None:
@@ -127,7 +127,7 @@ def test_every_solver_shows_its_order_on_the_flow_of_a_gaussian(solver: str, ord
         return (images.double() - exact).abs().max().item()
 
     errors = [error(steps) for steps in (24, 48)]
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.45)
+    assert math.log2(errors[0] / errors[1]) > order - 0.25
     assert errors[1] < 0.05
 
 

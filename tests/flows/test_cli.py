@@ -131,7 +131,7 @@ def test_an_unknown_configuration(refused, verb, tmp_path):
     ("override", "message"),
     [
         ("nope=1", "nope: no such setting; allowed: name, data, train,"),
-        ("mix.sampler.nope=1", "mix.sampler.nope: no such setting; allowed: steps, sigma_min, sigma_max, rho"),
+        ("mix.sampler.nope=1", "mix.sampler.nope: no such setting; allowed: solver, spacing, steps, sigma_min, sigma_max, rho"),
         ("generator.steps=many", "generator.steps: expected a whole number"),
         ("train.seeds=0", "train.seeds: expected a number greater than or equal to 1, got 0"),
         ("seeds", "--set seeds: expected dotted.key=value"),

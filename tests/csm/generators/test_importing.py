@@ -15,8 +15,6 @@ from csm.generators.importing import IMPORTERS, ImportOptions, class_numbers, de
 def test_the_kind_of_each_model_that_can_be_imported(
     unet_pipeline: Path, dit_pipeline: Path, stable_diffusion_pipeline: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "edm.pkl").write_bytes(b"")
-    assert detect(tmp_path / "edm.pkl") == "edm"
     assert detect(unet_pipeline) == "diffusers-unet"
     assert detect(unet_pipeline / "unet") == "diffusers-unet"
     assert detect(dit_pipeline) == "dit"
@@ -55,7 +53,7 @@ def test_what_each_kind_imports_is_loaded_by_its_name(
         ("model_index.json", {}, r"model_index.json is of a None"),
         ("config.json", {"_class_name": "UNet2DConditionModel"}, r"config.json is of a UNet2DConditionModel"),
         ("config.json", {"model_type": "gpt2"}, r"config.json is of a None"),
-        ("other.json", {}, r"neither a .pkl file nor a folder with model_index.json or config.json"),
+        ("other.json", {}, r"is no folder with model_index.json or config.json"),
     ],
 )
 def test_others_are_refused_in_one_line_that_says_what_was_expected(
@@ -63,7 +61,7 @@ def test_others_are_refused_in_one_line_that_says_what_was_expected(
 ) -> None:
     (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(
-        InputError, match=rf"{message}; expected EDM's .*DiTPipeline.*StableDiffusionPipeline.*UNet2DModel"
+        InputError, match=rf"{message}; expected diffusers' .*DiTPipeline.*StableDiffusionPipeline.*UNet2DModel"
     ) as caught:
         detect(tmp_path)
     assert "\n" not in str(caught.value)
