@@ -10,7 +10,7 @@ from torch import nn
 
 from csm import storage
 from csm.errors import InputError
-from csm.generators.importing import ImportOptions, class_numbers
+from csm.generators.importing import ImportOptions, class_numbers, marking
 from csm.generators.model_folders import read_config, read_model, write_model
 from csm.generators.noise_levels import VPSchedule, read_schedule
 
@@ -100,12 +100,9 @@ def import_diffusers_unet(path: Path, directory: Path, options: ImportOptions) -
     read_schedule(schedule_file)
     unet = read_model(UNet2DModel, unet_folder)
     spec = DiffusersUNetSpec(class_numbers(options, unet.config.num_class_embeds))
-
-    mark = directory / "generator.json"
-    mark.unlink(missing_ok=True)
-    write_model(unet, directory / "unet")
-    storage.write_json(directory / "scheduler" / "scheduler_config.json", read_config(schedule_file))
-    storage.write_json(mark, {"kind": "diffusers-unet", **asdict(spec)})
+    with marking(directory, {"kind": "diffusers-unet", **asdict(spec)}):
+        write_model(unet, directory / "unet")
+        storage.write_json(directory / "scheduler" / "scheduler_config.json", read_config(schedule_file))
 
 
 def load_diffusers_unet(directory: Path) -> DiffusersUNetGenerator:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from csm import storage
 from csm.errors import InputError
 from csm.generators.guidance import guided
-from csm.generators.importing import ImportOptions, class_numbers
+from csm.generators.importing import ImportOptions, class_numbers, marking
 from csm.generators.latents import decode, read_vae
 from csm.generators.model_folders import read_config, read_model, write_model
 from csm.generators.noise_levels import VPSchedule, read_schedule
@@ -115,13 +115,10 @@ def import_dit(path: Path, directory: Path, options: ImportOptions) -> None:
     transformer = _read_transformer(path / "transformer")
     vae = read_vae(path / "vae", transformer.config.in_channels)
     spec = DiTSpec(class_numbers(options, transformer.config.num_embeds_ada_norm), options.guidance)
-
-    mark = directory / "generator.json"
-    mark.unlink(missing_ok=True)
-    write_model(transformer, directory / "transformer")
-    write_model(vae, directory / "vae")
-    storage.write_json(directory / "scheduler" / "scheduler_config.json", read_config(schedule_file))
-    storage.write_json(mark, {"kind": "dit", **asdict(spec)})
+    with marking(directory, {"kind": "dit", **asdict(spec)}):
+        write_model(transformer, directory / "transformer")
+        write_model(vae, directory / "vae")
+        storage.write_json(directory / "scheduler" / "scheduler_config.json", read_config(schedule_file))
 
 
 def load_dit(directory: Path) -> DiTGenerator:

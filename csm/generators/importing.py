@@ -1,9 +1,12 @@
 """The import of models that somebody else trained: which kind a path is, and what the import of every kind shares."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from csm import storage
 from csm.errors import InputError
 from csm.generators.model_folders import read_config
 
@@ -42,6 +45,18 @@ def class_numbers(options: ImportOptions, n_model: int) -> tuple[int, ...]:
     if len(set(numbers)) != n_data:
         raise InputError("generator.classes: two classes of the data have the same class of the model")
     return tuple(numbers)
+
+
+@contextmanager
+def marking(directory: Path, value: dict[str, Any]) -> Iterator[None]:
+    """Take ``generator.json`` away from ``directory``; when the block that writes the rest ends well, write ``value`` there.
+
+    ``value`` is the kind and what its loader needs to know. A folder with ``generator.json`` is whole.
+    """
+    mark = directory / "generator.json"
+    mark.unlink(missing_ok=True)
+    yield
+    storage.write_json(mark, value)
 
 
 def detect(path: Path) -> str:

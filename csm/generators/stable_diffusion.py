@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from csm import storage
 from csm.errors import InputError
 from csm.generators.guidance import guided
-from csm.generators.importing import ImportOptions
+from csm.generators.importing import ImportOptions, marking
 from csm.generators.latents import decode, read_vae
 from csm.generators.model_folders import read_config, read_model, write_model
 from csm.generators.noise_levels import VPSchedule, read_schedule
@@ -112,14 +112,11 @@ def import_stable_diffusion(path: Path, directory: Path, options: ImportOptions)
             f"{path}: the text encoder gives {encoded.shape[2]} numbers, the UNet takes {unet.config.cross_attention_dim}"
         )
     vae = read_vae(path / "vae", unet.config.in_channels)
-
-    mark = directory / "generator.json"
-    mark.unlink(missing_ok=True)
-    write_model(unet, directory / "unet")
-    write_model(vae, directory / "vae")
-    storage.write_json(directory / "scheduler" / "scheduler_config.json", read_config(schedule_file))
-    storage.write_tensors(directory / "prompts.safetensors", {"prompts": encoded})
-    storage.write_json(mark, {"kind": "stable-diffusion", **asdict(spec)})
+    with marking(directory, {"kind": "stable-diffusion", **asdict(spec)}):
+        write_model(unet, directory / "unet")
+        write_model(vae, directory / "vae")
+        storage.write_json(directory / "scheduler" / "scheduler_config.json", read_config(schedule_file))
+        storage.write_tensors(directory / "prompts.safetensors", {"prompts": encoded})
 
 
 def load_stable_diffusion(directory: Path) -> StableDiffusionGenerator:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import csm
 from csm.errors import InputError
 from csm.generators import GENERATORS, load_generator
-from csm.generators.importing import IMPORTERS, ImportOptions, class_numbers, detect
+from csm.generators.importing import IMPORTERS, ImportOptions, class_numbers, detect, marking
 
 
 def test_the_kind_of_each_model_that_can_be_imported(
@@ -79,6 +80,16 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
         detect(tmp_path)
 
 
+def test_the_mark_is_there_only_when_the_rest_is_whole(tmp_path: Path) -> None:
+    mark = tmp_path / "generator.json"
+    with marking(tmp_path, {"kind": "dit"}):
+        assert not mark.exists()
+    assert json.loads(mark.read_text()) == {"kind": "dit"}
+    with pytest.raises(OSError, match="disk full"), marking(tmp_path, {"kind": "edm"}):
+        raise OSError("disk full")
+    assert not mark.exists()
+
+
 def test_without_numbers_the_classes_are_the_same() -> None:
     assert class_numbers(ImportOptions(("a", "b")), 2) == (0, 1)
     assert class_numbers(ImportOptions(("a", "b"), (7, 3)), 10) == (7, 3)
@@ -104,3 +115,21 @@ def test_importing_this_module_does_not_import_diffusers() -> None:
     root = Path(csm.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("pipeline", ["unet_pipeline", "dit_pipeline", "stable_diffusion_pipeline"])
+def test_all_of_a_generator_goes_to_its_device(request: pytest.FixtureRequest, tmp_path: Path, pipeline: str) -> None:
+    source: Path = request.getfixturevalue(pipeline)
+    kind = detect(source)
+    classes = () if kind == "stable-diffusion" else (1, 3)
+    options = ImportOptions(("a", "b"), classes, guidance=1.0 if kind == "diffusers-unet" else 2.0, prompt="{}")
+    IMPORTERS[kind](source, tmp_path, options)
+    generator = load_generator(tmp_path)
+    assert isinstance(generator, torch.nn.Module)
+    generator.to("meta")  # computes shapes only, and refuses tensors of the CPU, as a GPU does
+    x = torch.zeros(2, *generator.noise_shape, device="meta")
+    condition = generator.embed(torch.zeros(2, dtype=torch.int64, device="meta"))
+    denoised = generator.denoise(x, torch.ones(2, device="meta"), condition)
+    assert generator.device == denoised.device == torch.device("meta")
+    assert denoised.shape == x.shape
+    assert generator.decode(denoised).shape[:2] == (2, 3)
