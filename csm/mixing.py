@@ -1,9 +1,11 @@
 """Plan rows in, mixed images out."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import polars as pl
 import torch
+import torch.nn.functional as F
 
 from csm import tables
 from csm.generators import Generator
@@ -24,8 +26,8 @@ def mix(
     Args:
         plan: rows of the `plan` table.
         generator: class-conditional model.
-        shape: (H, W, C) of the images.
-        sampler: solver settings.
+        shape: (H, W, C) of the images; a generator of another size is fitted to it, see ``fit_to``.
+        sampler: solver settings; noise levels are kept inside ``generator.sigma_range``.
         batch_size: rows that go through the network together.
 
     Returns:
@@ -62,12 +64,32 @@ def _denoise(
     seeds: Sequence[int], condition: torch.Tensor, generator: Generator, shape: tuple[int, int, int], sampler: SamplerConfig
 ) -> torch.Tensor:
     """uint8 (N, C, H, W) from the noise of ``seeds`` under ``condition`` (N, E)."""
-    height, width, channels = shape
-    noise = initial_noise(seeds, (channels, height, width)).to(generator.device)
-    images = solve(lambda x, sigma: generator.denoise(x, sigma, condition), noise, sampler)
+    noise = initial_noise(seeds, generator.noise_shape).to(generator.device)
+    low, high = generator.sigma_range
+    inside = replace(sampler, sigma_min=max(low, sampler.sigma_min), sigma_max=min(high, sampler.sigma_max))
+    images = generator.decode(solve(lambda x, sigma: generator.denoise(x, sigma, condition), noise, inside))
     if not images.isfinite().all():
         raise FloatingPointError("mixing: the generator gave pixels that are not finite: fit it again or import another one")
-    return to_uint8(images)
+    return to_uint8(fit_to(images, shape))
+
+
+def fit_to(images: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Float images (N, C, H, W) in the size and channels of the data set's ``shape`` (H, W, C), for a generator that makes others.
+
+    Resized by antialiased bicubic interpolation, as the images of a folder are; grey is ITU-R BT.601 luma, colour repeats grey.
+
+    Raises:
+        ValueError: neither 1 nor 3 channels become the other.
+    """
+    height, width, channels = shape
+    if images.shape[1] != channels:
+        if {images.shape[1], channels} != {1, 3}:
+            raise ValueError(f"images of {images.shape[1]} channels cannot become images of {channels}")
+        luma = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+        images = (images * luma).sum(dim=1, keepdim=True) if channels == 1 else images.expand(-1, 3, -1, -1)
+    if images.shape[2:] != (height, width):
+        images = F.interpolate(images, size=(height, width), mode="bicubic", antialias=True)
+    return images
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from csm import tables
 from csm.generators.unet import UNetGenerator, UNetSpec
-from csm.mixing import mix, sample, to_uint8
+from csm.mixing import fit_to, mix, sample, to_uint8
 from csm.noise import initial_noise
 from csm.planning import PlanConfig, make_plan
 from csm.sampling import SamplerConfig
@@ -25,6 +25,21 @@ class Flat:
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.levels)
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        return (SHAPE[2], *SHAPE[:2])
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        return (0.002, 80.0)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
     def embed(self, labels: torch.Tensor) -> torch.Tensor:
         return torch.tensor(self.levels)[labels][:, None]
@@ -122,3 +137,51 @@ def test_levels_are_rounded_and_clipped() -> None:
 def test_a_generator_that_gives_no_numbers_stops_the_mixing() -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
         mix(plan(), Broken(), SHAPE, SAMPLER)
+
+
+class Latent(Flat):
+    """Starts from noise of another shape and knows a narrower range of noise than the sampler asks for."""
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        return (2, 2, 2)
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        return (0.05, 7.0)
+
+    def denoise(self, x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        assert x.shape[1:] == self.noise_shape
+        assert 0.05 * (1 - 1e-6) <= sigma.min() <= sigma.max() <= 7.0 * (1 + 1e-6)
+        self.starts.append(sigma[:1])
+        return condition.view(-1, 1, 1, 1).expand_as(x)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(dim=1, keepdim=True).repeat(1, 3, 4, 4)  # colour, 8x8
+
+
+def test_latents_are_decoded_and_fitted_to_the_data() -> None:
+    rows = plan()
+    generator = Latent()
+    mixed = mix(rows, generator, SHAPE, SAMPLER)
+    assert images_of(mixed).shape == (len(rows), 1, 4, 4)
+    assert images_of(mixed).equal(images_of(mix(rows, Flat(), SHAPE, SAMPLER)))
+    assert max(generator.starts).item() == pytest.approx(7.0)
+    assert min(generator.starts).item() == pytest.approx(0.05)
+
+
+def test_images_of_the_right_shape_are_left_alone() -> None:
+    images = torch.rand(2, 3, 4, 5)
+    assert fit_to(images, (4, 5, 3)) is images
+
+
+def test_colour_becomes_luma_and_grey_becomes_three_equal_channels() -> None:
+    primaries = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 2, 2)
+    assert fit_to(primaries, (2, 2, 1))[:, 0, 0, 0].tolist() == pytest.approx([0.299, 0.587, 0.114])
+    grey = torch.rand(2, 1, 2, 2)
+    assert fit_to(grey, (2, 2, 3)).equal(torch.cat([grey] * 3, dim=1))
+
+
+def test_other_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match="images of 4 channels cannot become images of 3"):
+        fit_to(torch.zeros(1, 4, 2, 2), (2, 2, 3))

@@ -85,7 +85,7 @@ def test_the_mark_is_there_only_when_the_rest_is_whole(tmp_path: Path) -> None:
     with marking(tmp_path, {"kind": "dit"}):
         assert not mark.exists()
     assert json.loads(mark.read_text()) == {"kind": "dit"}
-    with pytest.raises(OSError, match="disk full"), marking(tmp_path, {"kind": "edm"}):
+    with pytest.raises(OSError, match="disk full"), marking(tmp_path, {"kind": "dit"}):
         raise OSError("disk full")
     assert not mark.exists()
 
