@@ -161,11 +161,14 @@ def bench() -> None: ...
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def overhead(seconds: float, as_json: bool, debug: bool) -> None:
-    from flows.bench import BENCHMARKS
+    from flows.bench.overhead import overhead as measure
 
-    result = BENCHMARKS["overhead"](seconds)
+    _show_result(measure(seconds), as_json)
+
+
+def _show_result(result: dict[str, Any], as_json: bool) -> None:
     for key, value in result.items():
-        click.echo(f"{key:<18}{value}")
+        click.echo(f"{key:<24}{value}")
     if as_json:
         click.echo(json.dumps(result))
 
