@@ -84,38 +84,55 @@ def cli() -> None:
 def _add_verb(verb: str, text: str) -> None:
     @cli.command(verb, help=text)
     @_shared
-    def command(
-        config: str,
-        overrides: tuple[str, ...],
-        workspace: Path,
-        address: str,
-        forced: tuple[str, ...],
-        as_json: bool,
-        debug: bool,
-    ) -> None:
-        from csm.errors import InputError
-        from flows.config import load_config
+    def command(**options: Any) -> None:
+        _run_verb(verb, **options)
 
-        started = time.monotonic()
-        resolved = load_config(config, overrides)  # before the rest is imported: a wrong name is told sooner
-        from flows.run import STAGES, results_table, run_verb
 
-        for stage in forced:
-            if stage not in STAGES:
-                raise InputError(f"--force {stage}: unknown stage; one of {', '.join(STAGES)}")
-        line = " ".join(["csm", *sys.argv[1:]])
-        result = run_verb(verb, resolved, workspace, address, line, forced)
-        result["seconds"] = round(time.monotonic() - started, 3)
-        if verb in ("run", "evaluate", "report") and result["metrics"]:
-            _print_table(results_table(resolved, Path(result["metrics"])))
-        if verb in ("run", "report") and result["report"]:
-            click.echo(f"report: {result['report']}")
-        if as_json:
-            click.echo(json.dumps(result))
+def _run_verb(
+    verb: str,
+    config: str,
+    overrides: tuple[str, ...],
+    workspace: Path,
+    address: str,
+    forced: tuple[str, ...],
+    as_json: bool,
+    debug: bool,
+) -> None:
+    from csm.errors import InputError
+    from flows.config import load_config
+
+    started = time.monotonic()
+    resolved = load_config(config, overrides)  # before the rest is imported: a wrong name is told sooner
+    from flows.run import STAGES, results_table, run_verb
+
+    for stage in forced:
+        if stage not in STAGES:
+            raise InputError(f"--force {stage}: unknown stage; one of {', '.join(STAGES)}")
+    line = " ".join(["csm", *sys.argv[1:]])
+    result = run_verb(verb, resolved, workspace, address, line, forced)
+    result["seconds"] = round(time.monotonic() - started, 3)
+    if verb in ("run", "evaluate", "report") and result["metrics"]:
+        _print_table(results_table(resolved, Path(result["metrics"])))
+    if verb in ("run", "report") and result["report"]:
+        click.echo(f"report: {result['report']}")
+    if as_json:
+        click.echo(json.dumps(result))
 
 
 _add_verb("prepare", "Read the data set into the workspace: splits, statistics, one table.")
 _add_verb("fit-generator", "Train the class-conditional diffusion model on the train split.")
+
+
+@cli.command("import-generator")
+@click.argument("path", required=False)
+@_shared
+def import_generator(path: str | None, overrides: tuple[str, ...], **options: Any) -> None:
+    """Take over a diffusion model from PATH (instead of generator.path): an EDM .pkl or a folder of diffusers."""
+    if path is not None:
+        overrides = (*overrides, f"generator.path={json.dumps(os.path.abspath(path))}")
+    _run_verb("import-generator", overrides=overrides, **options)
+
+
 _add_verb("plan", "Write down every image to mix: pair of classes, ratio, noise.")
 _add_verb("mix", "Make the mixed images of the plan, over Ray.")
 _add_verb("annotate", "Fit the annotators and give every mixed image its confidence, over Ray.")

@@ -1,6 +1,5 @@
 """fit-generator: train the class-conditional diffusion model on the train split."""
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,15 @@ from csm.plots import image_grid
 from csm.sampling import SamplerConfig
 from flows.artifacts import StageRecord
 from flows.progress import task
-from flows.stages import Context, Made, Stage
+from flows.stages import Context, Made
 
 LOG_STEPS = 10  # optimiser steps whose mean loss is one point of the curve
 SAMPLES = 8  # pictures of each class in the sample grid
 
 
-def _run(context: Context, record: StageRecord) -> Made:
-    from csm.generators.fitting import fit_generator  # importing diffusers takes seconds; only who needs it pays
+def fit_generator(context: Context, record: StageRecord) -> Made:
+    """Train on the train split, going on from the last state; log the loss curve and a grid of samples."""
+    from csm.generators.fitting import fit_generator as fit  # importing diffusers takes seconds; only who needs it pays
 
     config, directory = context.config.generator, context.workspace.generator
     data = RealDataset.load(context.workspace.root)
@@ -41,7 +41,7 @@ def _run(context: Context, record: StageRecord) -> Made:
             progress.advance(1, f"loss {np.mean(losses[-100:]):.3f}")
 
         training = state["training"] if state else None
-        generator = fit_generator(images, labels, data.info.n_classes, config, on_step, save_state, training)
+        generator = fit(images, labels, data.info.n_classes, config, on_step, save_state, training)
 
     key = f"stage {record.name} {record.fingerprint}"
     means = [
@@ -55,16 +55,5 @@ def _run(context: Context, record: StageRecord) -> Made:
     context.tracker.log_figure(key, image_grid(grid, row_labels=data.info.class_names), "samples.png")
     generator.save(directory)  # generator.json is written last and marks the whole folder as good
     state_path.unlink(missing_ok=True)
-    return Made(config.steps, storage.file_digest(directory / "model.safetensors"))
-
-
-STAGE = Stage(
-    name="fit-generator",
-    unit="steps",
-    code_version=1,
-    inputs=("prepare",),
-    settings=lambda config: {"generator": asdict(config.generator)},
-    outputs=lambda workspace, config: [workspace.generator],
-    run=_run,
-    costly=True,
-)
+    parameters = sum(weight.numel() for weight in generator.parameters())
+    return Made(parameters, storage.file_digest(directory / "model.safetensors"))

@@ -88,7 +88,7 @@ def _outputs(workspace: Workspace, config: Config) -> list[Path]:
 STAGE = Stage(
     name="mix",
     code_version=1,
-    inputs=("prepare", "fit-generator", "plan"),
+    inputs=("prepare", "generator", "plan"),
     settings=lambda config: {"mix": asdict(config.mix)},
     outputs=_outputs,
     run=_run,

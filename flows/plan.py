@@ -12,7 +12,7 @@ from flows.stages import Context, Made, Stage
 
 def _run(context: Context, record: StageRecord) -> Made:
     info = RealDataset.load(context.workspace.root).info
-    plan = make_plan(info.n_classes, info.digest, record.inputs["fit-generator"], context.config.plan)
+    plan = make_plan(info.n_classes, info.digest, record.inputs["generator"], context.config.plan)
     tables.write(plan, context.workspace.plan, tables.PLAN)
     pairs = plan.select("class_a", "class_b").n_unique()
     sets, ratios = context.config.plan.sets_per_pair, context.config.plan.ratios
@@ -29,7 +29,7 @@ def _check(context: Context) -> None:
 STAGE = Stage(
     name="plan",
     code_version=1,
-    inputs=("prepare", "fit-generator"),
+    inputs=("prepare", "generator"),
     settings=lambda config: {"plan": asdict(config.plan)},
     outputs=lambda workspace, config: [workspace.plan],
     check=_check,

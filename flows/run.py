@@ -15,7 +15,7 @@ import polars as pl
 
 from cluster.session import require_answer
 from csm import storage, tables
-from flows import annotate, evaluate, fit_generator, mix, plan, prepare, report, train
+from flows import annotate, evaluate, generator, mix, plan, prepare, report, train
 from flows.artifacts import open_workspace
 from flows.config import Config
 from flows.stages import Context, refuse_replacing, run_stage
@@ -25,7 +25,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         prepare.STAGE,
-        fit_generator.STAGE,
+        generator.STAGE,
         annotate.FIT_STAGE,
         plan.STAGE,
         mix.STAGE,
@@ -36,7 +36,8 @@ STAGES = {
     )
 }
 RAY_STAGES = frozenset({"fit-annotators", "mix", "annotate", "train"})
-VERBS = {name: (name,) for name in STAGES if name not in ("fit-annotators", "annotate")}
+VERBS = {name: (name,) for name in STAGES if name not in ("generator", "fit-annotators", "annotate")}
+VERBS |= {"fit-generator": ("generator",), "import-generator": ("prepare", "generator")}
 VERBS |= {"annotate": ("fit-annotators", "annotate"), "run": tuple(STAGES)}
 
 
@@ -49,6 +50,8 @@ def run_verb(
         workspace, report and metrics (paths, or null when they are not made yet), seconds, and stages: name -> seconds, reused, rows.
     """
     require_answer(address)
+    if "generator" in VERBS[verb]:
+        generator.check_generator(verb, config.generator)
     with open_workspace(workspace) as opened, _terminable():
         context = Context(config, opened, STAGES, address, command, frozenset(forced))
         status = "FAILED"

@@ -115,7 +115,7 @@ def run_stage(context: Context, name: str) -> None:
         reason = stale(context, needed)
         if reason:
             raise InputError(
-                f"{name} needs {needed}, which {reason}: run `csm {_verb(needed)}` with the same options first, or `csm run`"
+                f"{name} needs {needed}, which {reason}: run `csm {_verb(context, needed)}` with the same options first, or `csm run`"
             )
     forced = name in context.forced
     record, wanted = workspace.record(name), _wanted(context, stage)
@@ -236,5 +236,8 @@ def _some(changed: list[str]) -> str:
     return "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
 
 
-def _verb(stage: str) -> str:
+def _verb(context: Context, stage: str) -> str:
+    """The verb that runs ``stage``."""
+    if stage == "generator":
+        return "import-generator" if context.config.generator.path else "fit-generator"
     return "annotate" if stage == "fit-annotators" else stage

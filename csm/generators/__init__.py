@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from csm import storage
 from csm.errors import InputError
@@ -15,6 +16,8 @@ class Generator(Protocol):
 
     Attributes:
         device: where it computes.
+        network: all that is evaluated at each noise level, in the dtype of its weights (``csm.generators.acceleration``); ``denoise``
+            takes and gives float32 whatever that is. None where there is no network.
         n_classes: classes that ``embed`` takes: those of the data set, 0..n_classes-1.
         noise_shape: (C, H, W) of the noise that it starts from: of pixels, or of a latent code.
         sigma_range: lowest and highest noise level that it was trained on; solvers stay inside.
@@ -23,11 +26,17 @@ class Generator(Protocol):
     @property
     def device(self) -> torch.device: ...
     @property
+    def network(self) -> nn.Module | None: ...
+    @property
     def n_classes(self) -> int: ...
     @property
     def noise_shape(self) -> tuple[int, int, int]: ...
     @property
     def sigma_range(self) -> tuple[float, float]: ...
+
+    def to(self, device: torch.device) -> Any:
+        """Move to ``device``, in place."""
+        ...
 
     def embed(self, labels: torch.Tensor) -> torch.Tensor:
         """Conditions (N, ...) of labels int64 (N,); the condition of a mixture of classes is a mixture of these."""

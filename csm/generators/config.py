@@ -1,14 +1,23 @@
 """Settings of a generator and of its training."""
 
+from typing import Literal
+
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class GeneratorConfig:
-    """A UNet2DModel and its training; the noise distribution is EDM's for CIFAR-10 (Karras et al. 2022, table 1).
+    """The model that mixes: imported from ``path``, or made from the train split.
+
+    What is trained is a UNet2DModel; the noise distribution is EDM's for CIFAR-10 (Karras et al. 2022, table 1).
 
     Attributes:
+        path: file or folder of a model to import (``csm.generators.importing``); empty: make one from the data.
+        kind: "auto" finds out what is at ``path``, and trains a "unet" where there is no path.
+        classes: of an imported model: its class for each class of the data set; empty: the same numbers.
+        guidance: of an imported model: scale of classifier-free guidance; 1 is none.
+        prompt: of an imported text-to-image model: template in which ``{}`` stands for the class name.
         block_channels: channels of each resolution, halved from one to the next.
         steps: optimiser steps of ``batch_size`` images.
         learning_rate: of AdamW, after a linear warm-up over the first 5 % of the steps, then falling to 0 as a cosine.
@@ -17,6 +26,11 @@ class GeneratorConfig:
         checkpoint_steps: how often the training state is kept.
     """
 
+    path: str = ""
+    kind: Literal["auto", "unet", "diffusers-unet", "dit", "stable-diffusion"] = "auto"
+    classes: tuple[int, ...] = ()
+    guidance: float = Field(default=1.0, ge=0)
+    prompt: str = "a photo of a {}"
     block_channels: tuple[int, ...] = (32, 64)
     layers_per_block: int = Field(default=1, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)

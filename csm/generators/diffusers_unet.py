@@ -47,6 +47,11 @@ class DiffusersUNetGenerator(nn.Module):
         return self.table.device
 
     @property
+    def network(self) -> nn.Module:
+        network: nn.Module = self.unet
+        return network
+
+    @property
     def n_classes(self) -> int:
         return len(self.table)
 
@@ -68,8 +73,8 @@ class DiffusersUNetGenerator(nn.Module):
         """
 
         def network(z: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-            output: torch.Tensor = self.unet(z, steps, class_labels=condition, return_dict=False)[0]
-            return output[:, : z.shape[1]]  # a learned variance would be the second half
+            output: torch.Tensor = self.unet(z.to(self.unet.dtype), steps, class_labels=condition, return_dict=False)[0]
+            return output[:, : z.shape[1]].float()  # a learned variance would be the second half
 
         return self.schedule.denoise(network, x, sigma)
 

@@ -35,8 +35,8 @@ class SoftLabels(nn.Module):
         self.table = nn.Parameter(table)
 
     def forward(self, weights: torch.Tensor) -> torch.Tensor:
-        """Embeddings (N, E) of ``weights`` (N, K_model + 1); one-hot weights give the row itself."""
-        return weights @ self.table
+        """Embeddings (N, E) of ``weights`` float32 (N, K_model + 1); one-hot weights give the row itself."""
+        return (weights @ self.table.float()).to(self.table.dtype)  # the ratio that goes in keeps its digits
 
 
 class DiTGenerator(nn.Module):
@@ -63,6 +63,11 @@ class DiTGenerator(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.classes.device
+
+    @property
+    def network(self) -> nn.Module:
+        network: nn.Module = self.transformer
+        return network
 
     @property
     def n_classes(self) -> int:
@@ -95,8 +100,8 @@ class DiTGenerator(nn.Module):
         return F.one_hot(classes, self.null_class + 1).float()
 
     def _predict(self, z: torch.Tensor, steps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.transformer(z, steps, condition, return_dict=False)[0]
-        return output[:, : z.shape[1]]  # the learned variance is the second half
+        output: torch.Tensor = self.transformer(z.to(self.transformer.dtype), steps, condition, return_dict=False)[0]
+        return output[:, : z.shape[1]].float()  # the learned variance is the second half
 
 
 def import_dit(path: Path, directory: Path, options: ImportOptions) -> None:

@@ -49,6 +49,11 @@ class StableDiffusionGenerator(nn.Module):
         return self.prompts.device
 
     @property
+    def network(self) -> nn.Module:
+        network: nn.Module = self.unet
+        return network
+
+    @property
     def n_classes(self) -> int:
         return len(self.prompts) - 1
 
@@ -76,8 +81,9 @@ class StableDiffusionGenerator(nn.Module):
         return decode(self.vae, x)
 
     def _predict(self, z: torch.Tensor, steps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.unet(z, steps, condition, return_dict=False)[0]
-        return output
+        dtype = self.unet.dtype
+        output: torch.Tensor = self.unet(z.to(dtype), steps, condition.to(dtype), return_dict=False)[0]
+        return output.float()
 
 
 def import_stable_diffusion(path: Path, directory: Path, options: ImportOptions) -> None:

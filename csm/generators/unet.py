@@ -58,6 +58,11 @@ class UNetGenerator(nn.Module):
         return self.embedding.weight.device
 
     @property
+    def network(self) -> nn.Module:
+        network: nn.Module = self.unet
+        return network
+
+    @property
     def n_classes(self) -> int:
         return self.spec.n_classes
 
@@ -90,8 +95,8 @@ class UNetGenerator(nn.Module):
         c_skip, c_out, c_in = data**2 / total**2, s * data / total, 1 / total
         # EDM's c_noise = ln(sigma) / 4 spans about -2..1; the positional embedding was made for steps 0..1000.
         c_noise = sigma.log() / 4 * 250
-        output = self.unet(c_in * x, c_noise, class_labels=condition, return_dict=False)[0]
-        denoised: torch.Tensor = c_skip * x + c_out * output
+        output = self.unet((c_in * x).to(self.unet.dtype), c_noise, class_labels=condition, return_dict=False)[0]
+        denoised: torch.Tensor = c_skip * x + c_out * output.float()
         return denoised
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:

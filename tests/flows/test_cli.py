@@ -210,12 +210,33 @@ def test_an_address_that_does_not_answer(refused, verb, address, tmp_path):
 
 @pytest.mark.parametrize("verb", [verb for verb in RUN_VERBS if verb not in ("prepare", "run")])
 def test_a_verb_without_what_it_needs_says_what_to_run(refused, verb, tmp_path):
-    first = "fit-annotators" if verb == "annotate" else verb
     message = refused(verb, "--workspace", "w")
-    assert (
-        message
-        == f"{first} needs prepare, which was not run in this workspace: run `csm prepare` with the same options first, or `csm run`"
-    )
+    reason = f"{VERBS[verb][0]} needs prepare, which was not run in this workspace"
+    assert message == f"{reason}: run `csm prepare` with the same options first, or `csm run`"
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("import-generator",), "import-generator: say which model, as `csm import-generator PATH` or with generator.path"),
+        (("import-generator", "nowhere"), "nowhere does not exist"),
+        (("run", "--set", "generator.path=nowhere"), "nowhere does not exist"),
+        (("import-generator", "."), "is no folder with model_index.json or config.json; expected "),
+        (
+            ("fit-generator", "--set", "generator.path=x"),
+            "fit-generator: generator.path is x, a model to import: use `csm import-",
+        ),
+        (("fit-generator", "--set", "generator.kind=dit"), "generator.path: missing; a generator of kind dit is imported"),
+        (
+            ("run", "--set", "generator.kind=unet", "--set", "generator.path=."),
+            "generator.kind: unet is made here, not imported from",
+        ),
+        (("run", "--set", "generator.kind=gan"), "generator.kind: expected 'auto', 'unet', "),
+    ],
+)
+def test_generators_that_cannot_be_had(refused, arguments, message, tmp_path):
+    assert message in refused(*arguments, "--workspace", "w")
     assert not any(tmp_path.iterdir())
 
 
@@ -232,7 +253,7 @@ def test_ui_without_a_store(refused, tmp_path):
     ("arguments", "message"),
     [
         (("--set", "data.val=0.25"), "prepare was made by another configuration there (data.val None -> 0.25)"),
-        (("--set", "generator.steps=4"), "fit-generator was made by another configuration there (generator.steps 3 -> 4)"),
+        (("--set", "generator.steps=4"), "generator was made by another configuration there (generator.steps 3 -> 4)"),
         (("--set", "plan.sets_per_pair=5"), "mix was made by another configuration there (plan.sets_per_pair 4 -> 5)"),
         (("--set", "mix.sampler.steps=3"), "mix was made by another configuration there (mix.sampler.steps 2 -> 3)"),
         (("--set", "plan.seed=1", "--force", "plan"), "mix was made by another configuration there (plan.seed 0 -> 1)"),
@@ -321,7 +342,7 @@ def test_a_full_disk_says_so(call, monkeypatch):
 
 
 def test_verbs_cover_every_stage():
-    assert set(VERBS) == set(RUN_VERBS)
+    assert set(VERBS) == {*RUN_VERBS, "import-generator"}
     assert VERBS["run"] == tuple(STAGES)
     assert {stage for verb in set(RUN_VERBS) - {"run"} for stage in VERBS[verb]} == set(STAGES)
 

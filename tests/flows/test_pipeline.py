@@ -24,7 +24,7 @@ from csm.sampling import SamplerConfig
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Copy = Callable[..., Path]
-STAGES = ["prepare", "fit-generator", "fit-annotators", "plan", "mix", "annotate", "train", "evaluate", "report"]
+STAGES = ["prepare", "generator", "fit-annotators", "plan", "mix", "annotate", "train", "evaluate", "report"]
 
 pytestmark = pytest.mark.ray
 
@@ -100,7 +100,7 @@ def test_more_epochs_train_again_but_mix_nothing_again(
     assert done.returncode == 0, done.stderr
     reused = {name: stage["reused"] for name, stage in last_line(done)["stages"].items()}
     # the teacher is a classifier too, so the images are annotated anew, but they are the same images
-    assert [name for name in STAGES if reused[name]] == ["prepare", "fit-generator", "plan", "mix"]
+    assert [name for name in STAGES if reused[name]] == ["prepare", "generator", "plan", "mix"]
     assert {path.name: path.stat().st_mtime_ns for path in (workspace / "mixed").iterdir()} == before
     for run in ("cross-entropy-seed0", "csm-seed0"):
         assert len(json.loads((workspace / "runs" / run / "history.json").read_text())) == 3
@@ -191,7 +191,7 @@ def test_ctrl_c_at_any_stage_and_the_same_command_goes_on(
         return err
 
     state = workspace / "generator" / "state.pt"
-    interrupt("fit-generator", state.is_file)
+    interrupt("generator", state.is_file)
     assert torch.load(state, weights_only=True)["training"]["step"] >= 10
     interrupt("mix", lambda: len(list((workspace / "mixed").glob("part-*.parquet"))) > 2)
     kept = {path: path.stat().st_mtime_ns for path in (workspace / "mixed").glob("part-*.parquet")}
@@ -217,7 +217,7 @@ def test_ctrl_c_at_any_stage_and_the_same_command_goes_on(
         twice = "select run_uuid, key, step from metrics where key like '%loss%' group by run_uuid, key, step having count(*) > 1"
         assert store.execute(twice).fetchall() == []
         steps = "select step from metrics join runs using (run_uuid) where name = ? and key = 'loss' order by step"
-        assert store.execute(steps, ("fit-generator",)).fetchall() == [(step,) for step in range(10, 61, 10)]
+        assert store.execute(steps, ("generator",)).fetchall() == [(step,) for step in range(10, 61, 10)]
         for run in ("teacher-00", "cross-entropy-seed0", "csm-seed0"):
             assert store.execute(steps, (run,)).fetchall() == [(epoch,) for epoch in range(1, 7)]
 

@@ -18,7 +18,7 @@ class Stub(nn.Module):
 
     def __init__(self, output: torch.Tensor) -> None:
         super().__init__()
-        self.output = output
+        self.output, self.dtype = output, torch.float32
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, return_dict: bool
