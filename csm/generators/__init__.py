@@ -75,11 +75,18 @@ def _load_stable_diffusion(directory: Path) -> Generator:
     return load_stable_diffusion(directory)
 
 
+def _load_edm(directory: Path) -> Generator:
+    from csm.generators.edm.generator import load_edm
+
+    return load_edm(directory)
+
+
 GENERATORS: dict[str, Callable[[Path], Generator]] = {
     "unet": _load_unet,
     "diffusers-unet": _load_diffusers_unet,
     "dit": _load_dit,
     "stable-diffusion": _load_stable_diffusion,
+    "edm": _load_edm,
 }
 
 

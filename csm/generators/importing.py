@@ -63,6 +63,8 @@ def detect(path: Path) -> str:
     """The kind of the model at ``path``, a key of ``IMPORTERS``; ``InputError`` if it is none of them."""
     if not path.exists():
         raise InputError(f"{path} does not exist")
+    if path.is_file() and path.suffix == ".pkl":
+        return "edm"
     index, single = path / "model_index.json", path / "config.json"
     if index.exists():
         config = read_config(index)
@@ -79,11 +81,13 @@ def detect(path: Path) -> str:
         if name == "UNet2DModel":
             return "diffusers-unet"
         found = f"{single} is of a {name}"
+    elif path.is_file():
+        found = f"{path} is a file that does not end in .pkl"
     else:
         found = f"{path} is no folder with model_index.json or config.json"
     raise InputError(
         f"{found}; expected diffusers' folder of a DiTPipeline, a StableDiffusionPipeline, a pipeline with a UNet2DModel, "
-        "or a UNet2DModel"
+        "or a UNet2DModel; or EDM's pickle, a file that ends in .pkl"
     )
 
 
@@ -105,8 +109,15 @@ def _import_stable_diffusion(path: Path, directory: Path, options: ImportOptions
     import_stable_diffusion(path, directory, options)
 
 
+def _import_edm(path: Path, directory: Path, options: ImportOptions) -> None:
+    from csm.generators.edm.generator import import_edm
+
+    import_edm(path, directory, options)
+
+
 IMPORTERS: dict[str, Callable[[Path, Path, ImportOptions], None]] = {
     "diffusers-unet": _import_diffusers_unet,
     "dit": _import_dit,
     "stable-diffusion": _import_stable_diffusion,
+    "edm": _import_edm,
 }
