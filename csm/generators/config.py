@@ -27,7 +27,7 @@ class GeneratorConfig:
     """
 
     path: str = ""
-    kind: Literal["auto", "unet", "diffusers-unet", "dit", "stable-diffusion"] = "auto"
+    kind: Literal["auto", "unet", "edm", "diffusers-unet", "dit", "stable-diffusion"] = "auto"
     classes: tuple[int, ...] = ()
     guidance: float = Field(default=1.0, ge=0)
     prompt: str = "a photo of a {}"
