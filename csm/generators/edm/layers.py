@@ -18,7 +18,7 @@ class BlockStyle:
         embedding: channels of the embedding of noise level and class.
         eps: of the group norms.
         scale: of every sum of a residual and its input: 1, or sqrt(1/2), which keeps the variance.
-        scale_and_shift: the embedding scales and shifts (Dhariwal & Nichol 2021, eq. 13); else it shifts.
+        scale_and_shift: the embedding scales and shifts (Dhariwal & Nichol 2021, section 3.1, AdaGN); else it shifts.
         head_channels: of one head of attention; 0: one head of all channels.
         resampled_skip: the input of a block that changes the resolution also passes a 1x1 convolution.
         taps: of the filter that changes the resolution.
@@ -39,7 +39,7 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
 
 
 class Resample(nn.Module):
-    """Twice or half the height and width, through the separable filter ``taps`` (Karras et al. 2022, app. F.1)."""
+    """Twice or half the height and width, through the separable filter ``taps`` (Karras et al. 2022, table 7)."""
 
     resample_filter: torch.Tensor
 

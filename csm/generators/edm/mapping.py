@@ -24,7 +24,7 @@ class PositionalEmbedding(nn.Module):
 
 
 class FourierEmbedding(nn.Module):
-    """Sines and cosines of the noise level at random frequencies of standard deviation 16 (Song et al. 2021, app. C)."""
+    """Sines and cosines of the noise level at random frequencies of standard deviation 16 (Tancik et al. 2020; Song et al. 2021)."""
 
     freqs: torch.Tensor
 

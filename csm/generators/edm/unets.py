@@ -155,8 +155,8 @@ class SongUNet(nn.Module):
             channels = outputs
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        settings, across = self.settings, list[torch.Tensor]()
-        image = x
+        settings, image = self.settings, x
+        across: list[torch.Tensor] = []
         for level, (size, _) in enumerate(settings.levels):
             name = f"{size}x{size}"
             x = self.enc[f"{name}_conv"](x) if level == 0 else self.enc[f"{name}_down"](x, embedding)
@@ -196,7 +196,7 @@ class DhariwalUNet(nn.Module):
         self.out_conv = conv(channels, settings.out_channels, 3)
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        across = list[torch.Tensor]()
+        across: list[torch.Tensor] = []
         for level, (size, _) in enumerate(self.settings.levels):
             name = f"{size}x{size}"
             x = self.enc[f"{name}_conv"](x) if level == 0 else self.enc[f"{name}_down"](x, embedding)

@@ -28,6 +28,15 @@ def test_any_pipeline_with_such_a_unet_is_one(tmp_path: Path) -> None:
     assert detect(tmp_path) == "diffusers-unet"
 
 
+def test_a_file_is_edms_pickle_by_its_ending(tmp_path: Path) -> None:
+    for name in ("net.pkl", "net.pt"):
+        (tmp_path / name).write_bytes(b"no matter what is in here")
+    assert detect(tmp_path / "net.pkl") == "edm"
+    with pytest.raises(InputError, match=r"net.pt is a file that does not end in .pkl; expected .* or EDM's pickle") as caught:
+        detect(tmp_path / "net.pt")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
