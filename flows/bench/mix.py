@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cluster.shards import write_part
 from csm import tables
 from csm.generators import Generator
-from csm.generators.acceleration import accelerate, best_dtype
+from csm.generators.acceleration import accelerate
 from csm.generators.conditioning import mix_embeddings
 from csm.mixing import mix, to_uint8
 from csm.noise import initial_noise
