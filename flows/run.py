@@ -49,7 +49,7 @@ def run_verb(
         workspace, report and metrics (paths, or null when they are not made yet), seconds, and stages: name -> seconds, reused, rows.
     """
     require_answer(address)
-    with open_workspace(workspace) as opened, _terminable():
+    with open_workspace(workspace) as opened, terminable():
         context = Context(config, opened, STAGES, address, command, frozenset(forced))
         status = "FAILED"
         try:
@@ -86,7 +86,7 @@ def results_table(config: Config, metrics: Path) -> Any:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """A polite kill (SIGTERM, as cluster managers send it) stops the work as Ctrl-C does: cleanly, ready to go on."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
