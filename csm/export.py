@@ -94,10 +94,11 @@ def rows(
     Raises:
         InputError: an image or a label is missing or stands twice, or a mix_id is no file name.
     """
-    names = pl.DataFrame({"class_a": pl.Series(range(len(class_names)), dtype=pl.UInt16()), "name_a": list(class_names)})
-    table = plan.select("mix_id", "class_a", "class_b", "lam").join(mixed, on="mix_id", how="left", maintain_order="left")
-    table = table.join(names, on="class_a", how="left", maintain_order="left")
-    table = table.join(names.rename({"class_a": "class_b", "name_a": "name_b"}), on="class_b", how="left", maintain_order="left")
+    names = pl.Series(class_names)
+    named = plan.select(
+        "mix_id", "class_a", "class_b", name_a=names.gather(plan["class_a"]), name_b=names.gather(plan["class_b"])
+    )
+    table = named.with_columns(plan["lam"]).join(mixed, on="mix_id", how="left", maintain_order="left")
     columns = ["mix_id", "class_a", "class_b", "name_a", "name_b", "lam", "image"]
     if labels is not None:
         table = table.join(labels, on="mix_id", how="left", maintain_order="left")
@@ -113,7 +114,7 @@ def rows(
             f"{where}: {missing} of {len(plan)} planned images are not mixed and annotated: remove its part files, "
             "run csm mix and csm annotate"
         )
-    if not table["mix_id"].str.contains(r"^[\w-]+$").all():  # a dot would end the key of a WebDataset, a slash the folder
+    if not table["mix_id"].str.contains(r"^[A-Za-z0-9_-]+$").all():  # a dot would end the key of a WebDataset, a slash the folder
         raise InputError(f"{where}: a mix_id has other characters than letters, digits, _ and -: run csm plan again")
     return table.select(columns)
 
@@ -165,7 +166,7 @@ def _write_images(directory: Path, piece: str, frames: Iterable[pl.DataFrame], c
             paths = [f"{folder}/{mix_id}.png" for folder, mix_id in zip(folders, frame["mix_id"], strict=True)]
             for path, image in zip(paths, frame["image"], strict=True):
                 (directory / path).write_bytes(image)
-            frame.select(pl.Series("file_name", paths), pl.exclude("image")).write_ndjson(file)
+            file.write(frame.select(pl.Series("file_name", paths), pl.exclude("image")).write_ndjson().encode())
 
 
 def _join_metadata(directory: Path, pieces: Sequence[str], card: Card) -> None:

@@ -107,7 +107,7 @@ def _open_output(output: Path, card: Card) -> bool:
     work, wanted = output / WORK, plain(asdict(card))
     for path in (output / CARD, work / CARD):
         if path.is_file() and (found := storage.read_json(path)) != wanted:
-            changed = "; ".join(differences(found, wanted)[:4]) if isinstance(found, dict) else "it is damaged"
+            changed = "; ".join(differences(found, wanted)[:4]) if isinstance(found, dict) else "its card is damaged"
             raise InputError(f"--output {output}: holds another export ({changed}); choose a new or empty folder")
     if (output / CARD).is_file():
         shutil.rmtree(work, ignore_errors=True)  # the writer was killed just before it would have done so
