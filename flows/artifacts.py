@@ -115,7 +115,7 @@ def open_workspace(root: Path, create: bool = True) -> Iterator[Workspace]:
     Raises:
         InputError: it cannot be written, it is a file, it does not exist and ``create`` is False, or another process works in it.
     """
-    if "://" in str(root) or str(root).split("/", 1)[0].endswith(":"):
+    if is_url(root):
         raise InputError(f"--workspace {root}: URLs are not supported yet; give a folder that every node sees")
     if not create and not root.is_dir():
         raise InputError(f"--workspace {root}: does not exist; run `csm run --workspace {root}` first")
@@ -142,6 +142,11 @@ def open_workspace(root: Path, create: bool = True) -> Iterator[Workspace]:
             os.unlink(root / ".lock")
             root.rmdir()
         os.close(lock)
+
+
+def is_url(path: Path) -> bool:
+    """Whether ``path`` was given as scheme://..., of which ``Path`` keeps one slash."""
+    return "://" in str(path) or str(path).split("/", 1)[0].endswith(":")
 
 
 def _remove_temporaries(root: Path) -> None:

@@ -14,7 +14,7 @@ import click
 # Two processes that share cores wait asleep, not spinning: a spinning thread holds the core that the others need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-SHARED_OPTIONS = (
+CONFIG_OPTIONS = (
     click.option("--config", default="demo", show_default=True, help="Name of a bundled configuration, or a .yaml file."),
     click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting, e.g. train.seeds=5; repeatable."
@@ -22,14 +22,20 @@ SHARED_OPTIONS = (
     click.option(
         "--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True, help="Where all goes."
     ),
+)
+OUTPUT_OPTIONS = (
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+SHARED_OPTIONS = (
+    *CONFIG_OPTIONS,
     click.option(
         "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
     ),
     click.option(
         "--force", "forced", multiple=True, metavar="STAGE", help="Do a stage again though nothing changed; repeatable."
     ),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."),
-    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+    *OUTPUT_OPTIONS,
 )
 
 
@@ -69,10 +75,13 @@ def _explain(error: Exception) -> int:
     return 1
 
 
-def _shared(function: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(SHARED_OPTIONS):
-        function = option(function)
-    return function
+def _with(options: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -83,7 +92,7 @@ def cli() -> None:
 
 def _add_verb(verb: str, text: str) -> None:
     @cli.command(verb, help=text)
-    @_shared
+    @_with(SHARED_OPTIONS)
     def command(**options: Any) -> None:
         _run_verb(verb, **options)
 
@@ -125,7 +134,7 @@ _add_verb("fit-generator", "Train the class-conditional diffusion model on the t
 
 @cli.command("import-generator")
 @click.argument("path", required=False)
-@_shared
+@_with(SHARED_OPTIONS)
 def import_generator(path: str | None, overrides: tuple[str, ...], **options: Any) -> None:
     """Take over a diffusion model from PATH (instead of generator.path): an EDM .pkl or a folder of diffusers."""
     if path is not None:
@@ -140,6 +149,39 @@ _add_verb("train", "Train a classifier for every method and seed, over Ray.")
 _add_verb("evaluate", "Measure accuracy and calibration, before and after temperature scaling.")
 _add_verb("report", "Write report.html: table, reliability, mixed images.")
 _add_verb("run", "All of it: from the data to the report. What is already done is reused.")
+
+
+@cli.command(help="Write the mixed images, with the soft labels of an annotator, for other programs to read.")
+@_with(CONFIG_OPTIONS)
+@click.option("--format", required=True, help="image-folder, webdataset or huggingface (parquet).")
+@click.option("--annotator", default="teacher", show_default=True, help="Whose soft labels; none: the ratios alone.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="A new or empty folder.")
+@click.option(
+    "--shard-rows", type=click.IntRange(min=1), default=10000, show_default=True, help="Images of one tar or parquet file."
+)
+@_with(OUTPUT_OPTIONS)
+def export(
+    config: str,
+    overrides: tuple[str, ...],
+    workspace: Path,
+    format: str,
+    annotator: str,
+    output: Path,
+    shard_rows: int,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    started = time.monotonic()
+    from flows.config import load_config
+
+    resolved = load_config(config, overrides)
+    from flows.export import export as write
+
+    result = write(resolved, workspace, format, annotator, output, shard_rows)
+    result["seconds"] = round(time.monotonic() - started, 3)
+    click.echo(f"export: {result['output']}")
+    if as_json:
+        click.echo(json.dumps(result))
 
 
 @cli.command(help="Open the MLflow UI on the workspace's runs.")

@@ -52,7 +52,7 @@ def run_verb(
     require_answer(address)
     if "generator" in VERBS[verb]:
         generator.check_generator(verb, config.generator)
-    with open_workspace(workspace) as opened, _terminable():
+    with open_workspace(workspace) as opened, terminable():
         context = Context(config, opened, STAGES, address, command, frozenset(forced))
         status = "FAILED"
         try:
@@ -89,7 +89,7 @@ def results_table(config: Config, metrics: Path) -> Any:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """A polite kill (SIGTERM, as cluster managers send it) stops the work as Ctrl-C does: cleanly, ready to go on."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -111,12 +111,7 @@ def run_stage(context: Context, name: str) -> None:
         InputError: an input stage was not run or is out of date, or costly results of other settings would be replaced.
     """
     stage, workspace = context.stages[name], context.workspace
-    for needed in stage.inputs:
-        reason = stale(context, needed)
-        if reason:
-            raise InputError(
-                f"{name} needs {needed}, which {reason}: run `csm {_verb(context, needed)}` with the same options first, or `csm run`"
-            )
+    require(context, name, stage.inputs)
     forced = name in context.forced
     record, wanted = workspace.record(name), _wanted(context, stage)
     if not forced and stale(context, name) is None and record is not None:
@@ -150,6 +145,16 @@ def run_stage(context: Context, name: str) -> None:
     workspace.write_record(replace(wanted, done=True, digest=made.digest, rows=made.rows, seconds=round(spent + seconds, 3)))
     context.outcomes[name] = {"seconds": seconds, "reused": False, "rows": made.rows}
     say(f"{name}: done, {made.rows:,} {stage.unit} in {seconds:.1f} s")
+
+
+def require(context: Context, name: str, needs: Sequence[str]) -> None:
+    """``InputError`` if the result of one of the stages ``needs`` is not what the configuration asks for; ``name`` is who needs it."""
+    for needed in needs:
+        reason = stale(context, needed)
+        if reason:
+            raise InputError(
+                f"{name} needs {needed}, which {reason}: run `csm {_verb(context, needed)}` with the same options first, or `csm run`"
+            )
 
 
 def stale(context: Context, name: str) -> str | None:

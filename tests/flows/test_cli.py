@@ -13,7 +13,7 @@ from flows import cli
 from flows.run import STAGES, VERBS
 
 RUN_VERBS = ("prepare", "fit-generator", "plan", "mix", "annotate", "train", "evaluate", "report", "run")
-ALL_VERBS = (*RUN_VERBS, "ui", "doctor")
+ALL_VERBS = (*RUN_VERBS, "export", "ui", "doctor")
 
 
 @pytest.fixture
