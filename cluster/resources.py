@@ -28,15 +28,24 @@ class Group:
 
 
 @dataclass(frozen=True, config=STRICT)
+class FitGroup(Group):
+    """The group that trains one generator together: a single worker unless more are asked for."""
+
+    workers: int = Field(default=1, ge=0)
+
+
+@dataclass(frozen=True, config=STRICT)
 class ResourcesConfig:
     """Resources of each stage that runs on Ray.
 
-    On two CPUs the defaults give two mixing actors and one annotation actor beside them.
+    On two CPUs the defaults give two mixing actors and one annotation actor beside them. ``fit`` is the group that trains one generator
+    together, ``train`` the one that shares many classifiers.
     """
 
     mix: Pool = Pool(cpus=0.8)
     annotate: Pool = Pool(cpus=0.2, max_actors=1)
     train: Group = Group()
+    fit: FitGroup = FitGroup()
 
 
 def fits(cpus: float, gpus: float, total: dict[str, float]) -> int:
@@ -78,14 +87,14 @@ def pool_sizes(pools: dict[str, Pool], total: dict[str, float]) -> dict[str, tup
     return sizes
 
 
-def group_size(group: Group, jobs: int, total: dict[str, float]) -> int:
-    """Number of workers of a training group for ``jobs`` trainings; ``InputError`` if not even one fits."""
+def group_size(group: Group, jobs: int, total: dict[str, float], name: str = "train") -> int:
+    """Number of workers of the training group ``resources.NAME``, at most one for each of ``jobs``; ``InputError`` if it does not fit."""
     room = fits(group.cpus, group.gpus, total)
     wanted = group.workers or room
     if room == 0 or wanted > room:
         have = f"{total.get('CPU', 0.0):g} CPU and {total.get('GPU', 0.0):g} GPU"
         raise InputError(
-            f"resources.train: {max(wanted, 1)} workers x ({group.cpus:g} CPU, {group.gpus:g} GPU) do not fit the cluster's {have}; "
-            "lower resources.train or add nodes"
+            f"resources.{name}: {max(wanted, 1)} workers x ({group.cpus:g} CPU, {group.gpus:g} GPU) do not fit the cluster's {have}; "
+            f"lower resources.{name} or add nodes"
         )
     return max(1, min(wanted, jobs))

@@ -47,11 +47,50 @@ def fit_many(specs: Sequence[RunSpec], group: Group, directory: Path, name: str,
     todo = [spec for spec in specs if not is_finished(spec)]
     if not todo:
         return
+    failures: list[RunEvent] = []
+
+    def hear(item: Any) -> None:
+        event = RunEvent(*item)
+        on_event(event)
+        if event.kind == "failed":
+            failures.append(event)
+
     workers = group_size(group, len(todo), ray.cluster_resources())
+    run_group(_train_share, {"specs": todo}, workers, group, directory, name, hear)
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {len(todo)} trainings failed; {failures[0].run}: {failures[0].error}")
+    unfinished = [spec.run for spec in todo if not is_finished(spec)]
+    if unfinished:
+        raise RuntimeError(f"{len(unfinished)} of {len(todo)} trainings did not finish, among them {unfinished[0]}: run again")
+
+
+def run_group(
+    work: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    workers: int,
+    group: Group,
+    directory: Path,
+    name: str,
+    on_event: Callable[[Any], None],
+) -> None:
+    """Call ``work`` in every worker of one Ray Train group; when a worker is lost or raises, all start again, up to three times.
+
+    Args:
+        work: called with ``settings`` and two more: ``events``, a queue to the driver, and ``threads``, torch threads for a worker.
+        settings: what the workers need.
+        workers: size of the group.
+        group: what each worker takes.
+        directory: where Ray Train keeps its own records.
+        name: of the group, for those records.
+        on_event: called in the driver with everything that is put into the queue, in order for each worker.
+
+    Raises:
+        Exception: Ray Train's, after the last attempt.
+    """
     events = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
-        _train_share,
-        train_loop_config={"specs": todo, "events": events, "threads": max(1, round(group.cpus))},
+        work,
+        train_loop_config={**settings, "events": events, "threads": max(1, round(group.cpus))},
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=group.gpus > 0,
@@ -62,25 +101,17 @@ def fit_many(specs: Sequence[RunSpec], group: Group, directory: Path, name: str,
     outcome: list[BaseException] = []
     thread = threading.Thread(target=_keep_error, args=(trainer.fit, outcome), daemon=True)
     thread.start()
-    failures: list[RunEvent] = []
     try:
         while thread.is_alive() or not events.empty():
             try:
-                event = RunEvent(*events.get(timeout=0.5))
+                event = events.get(timeout=0.5)
             except Empty:
                 continue
             on_event(event)
-            if event.kind == "failed":
-                failures.append(event)
     finally:
         events.shutdown(force=True)
     if outcome:
         raise outcome[0]
-    if failures:
-        raise RuntimeError(f"{len(failures)} of {len(todo)} trainings failed; {failures[0].run}: {failures[0].error}")
-    unfinished = [spec.run for spec in todo if not is_finished(spec)]
-    if unfinished:
-        raise RuntimeError(f"{len(unfinished)} of {len(todo)} trainings did not finish, among them {unfinished[0]}: run again")
 
 
 def _train_share(config: dict[str, Any]) -> None:

@@ -1,11 +1,11 @@
 """fit-generator: train the class-conditional diffusion model on the train split."""
 
-from typing import Any
-
 import numpy as np
 
+from cluster.resources import Group
 from csm import storage
 from csm.datasets import RealDataset
+from csm.generators import load_generator
 from csm.mixing import sample
 from csm.plots import image_grid
 from csm.sampling import SamplerConfig
@@ -17,43 +17,53 @@ LOG_STEPS = 10  # optimiser steps whose mean loss is one point of the curve
 SAMPLES = 8  # pictures of each class in the sample grid
 
 
-def fit_generator(context: Context, record: StageRecord) -> Made:
-    """Train on the train split, going on from the last state; log the loss curve and a grid of samples."""
-    from csm.generators.fitting import fit_generator as fit  # importing diffusers takes seconds; only who needs it pays
+def fit(context: Context, record: StageRecord) -> list[float]:
+    """Train the generator into the workspace, going on from ``state.pt`` there, and return the loss of every step.
 
-    config, directory = context.config.generator, context.workspace.generator
-    data = RealDataset.load(context.workspace.root)
-    images, labels = data.split("train")
-    state_path = directory / "state.pt"
-    state = storage.read_state(state_path) if state_path.is_file() else None
-    if state is not None and state["fingerprint"] != record.fingerprint:
-        state = None  # it was interrupted under other settings
-    losses: list[float] = state["losses"] if state else []
+    One worker without a GPU on this machine is this process, with all its cores: Ray would add seconds to a short training. Everything
+    else is a Ray Train group of ``resources.fit``.
+    """
+    from csm.generators.fitting import FitJob, fit_job  # importing diffusers takes seconds; only who needs it pays
 
-    def save_state(training: dict[str, Any]) -> None:
-        storage.write_state(state_path, {"fingerprint": record.fingerprint, "losses": losses, "training": training})
-
-    with task("fit-generator", config.steps) as progress:
-        progress.advance(state["training"]["step"] if state else 0)
+    workspace, group = context.workspace, context.config.resources.fit
+    job = FitJob(workspace.root.absolute(), workspace.generator.absolute(), context.config.generator, record.fingerprint)
+    losses: list[float] = []
+    with task("fit-generator", job.config.steps) as progress:
 
         def on_step(step: int, loss: float) -> None:
-            losses.append(loss)
-            progress.advance(1, f"loss {np.mean(losses[-100:]):.3f}")
+            losses[step - 1 :] = [loss]  # a group that had to start again tells its steps again
+            progress.advance(step - progress.done, f"loss {np.mean(losses[-100:]):.3f}")
 
-        training = state["training"] if state else None
-        generator = fit(images, labels, data.info.n_classes, config, on_step, save_state, training)
+        if context.address == "local" and _is_one_process(group):
+            fit_job(job, on_step)
+        else:
+            from cluster.fitting import fit_in_group
 
+            context.connect()
+            fit_in_group(job, group, workspace.root / "ray", record.name, on_step)
+    return losses
+
+
+def _is_one_process(group: Group) -> bool:
+    return group.workers == 1 and group.gpus == 0
+
+
+def fit_generator(context: Context, record: StageRecord) -> Made:
+    """Train, then log the loss curve and a grid of samples."""
+    directory = context.workspace.generator
+    losses = fit(context, record)
     key = f"stage {record.name} {record.fingerprint}"
     means = [
         (step, {"loss": float(np.mean(losses[step - LOG_STEPS : step]))}) for step in range(LOG_STEPS, len(losses) + 1, LOG_STEPS)
     ]
     context.tracker.log_steps(key, means)
-    classes = np.repeat(np.arange(data.info.n_classes), SAMPLES).tolist()
-    samples = sample(classes, list(range(len(classes))), generator, data.info.shape, SamplerConfig(steps=18))
+    info = RealDataset.load_info(context.workspace.root)
+    classes = np.repeat(np.arange(info.n_classes), SAMPLES).tolist()
+    generator = load_generator(directory)
+    samples = sample(classes, list(range(len(classes))), generator, info.shape, SamplerConfig(steps=18))
     storage.write_tensors(directory / "samples.safetensors", {"images": samples})
-    grid = samples.permute(0, 2, 3, 1).reshape(data.info.n_classes, SAMPLES, *data.info.shape).numpy()
-    context.tracker.log_figure(key, image_grid(grid, row_labels=data.info.class_names), "samples.png")
-    generator.save(directory)  # generator.json is written last and marks the whole folder as good
-    state_path.unlink(missing_ok=True)
-    parameters = sum(weight.numel() for weight in generator.parameters())
+    grid = samples.permute(0, 2, 3, 1).reshape(info.n_classes, SAMPLES, *info.shape).numpy()
+    context.tracker.log_figure(key, image_grid(grid, row_labels=info.class_names), "samples.png")
+    (directory / "state.pt").unlink(missing_ok=True)
+    parameters = sum(weight.numel() for weight in generator.network.parameters()) if generator.network else 0
     return Made(parameters, storage.file_digest(directory / "model.safetensors"))

@@ -35,7 +35,7 @@ STAGES = {
         report.STAGE,
     )
 }
-RAY_STAGES = frozenset({"fit-annotators", "mix", "annotate", "train"})
+RAY_STAGES = frozenset({"generator", "fit-annotators", "mix", "annotate", "train"})
 VERBS = {name: (name,) for name in STAGES if name not in ("generator", "fit-annotators", "annotate")}
 VERBS |= {"fit-generator": ("generator",), "import-generator": ("prepare", "generator")}
 VERBS |= {"annotate": ("fit-annotators", "annotate"), "run": tuple(STAGES)}

@@ -19,10 +19,15 @@ class GeneratorConfig:
         guidance: of an imported model: scale of classifier-free guidance; 1 is none.
         prompt: of an imported text-to-image model: template in which ``{}`` stands for the class name.
         block_channels: channels of each resolution, halved from one to the next.
+        attention_levels: so many of the lowest resolutions have self-attention.
         steps: optimiser steps of ``batch_size`` images.
         learning_rate: of AdamW, after a linear warm-up over the first 5 % of the steps, then falling to 0 as a cosine.
         ema_halflife: images after which the running average of the weights has forgotten half.
         p_mean, p_std: ln(sigma) ~ N(p_mean, p_std**2).
+        flip: show half of the images mirrored left to right; for data whose classes stay what they are in a mirror.
+        precision: of the passes through the network; weights, their average, the optimiser and the loss are float32 in any case.
+        micro_batch: most images that go through a device at once, 0 for a worker's whole share of the batch. It bounds the memory and
+            changes the result by no more than rounding, unless there is dropout.
         checkpoint_steps: how often the training state is kept.
     """
 
@@ -33,6 +38,7 @@ class GeneratorConfig:
     prompt: str = "a photo of a {}"
     block_channels: tuple[int, ...] = (32, 64)
     layers_per_block: int = Field(default=1, ge=1)
+    attention_levels: int = Field(default=1, ge=1)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=128, ge=1)
@@ -40,5 +46,8 @@ class GeneratorConfig:
     ema_halflife: int = Field(default=6000, ge=1)
     p_mean: float = -1.2
     p_std: float = Field(default=1.2, gt=0)
+    flip: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    micro_batch: int = Field(default=0, ge=0)
     checkpoint_steps: int = Field(default=200, ge=1)
     seed: int = Field(default=0, ge=0)

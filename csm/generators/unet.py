@@ -13,7 +13,10 @@ from csm.classifiers.classifier import load_weights
 
 @dataclass(frozen=True)
 class UNetSpec:
-    """Everything but the weights (``generator.json``). ``shape`` is (H, W, C); ``sigma_data`` in units of images in [-1, 1]."""
+    """Everything but the weights (``generator.json``). ``shape`` is (H, W, C); ``sigma_data`` in units of images in [-1, 1].
+
+    The ``attention_levels`` lowest of the resolutions have self-attention.
+    """
 
     shape: tuple[int, int, int]
     n_classes: int
@@ -21,6 +24,7 @@ class UNetSpec:
     block_channels: tuple[int, ...]
     layers_per_block: int
     dropout: float
+    attention_levels: int = 1
 
 
 class UNetGenerator(nn.Module):
@@ -35,9 +39,10 @@ class UNetGenerator(nn.Module):
         self.spec = spec
         size = spec.block_channels[0] * 4  # diffusers' size of the time embedding, to which the class embedding is added
         self.embedding = nn.Embedding(spec.n_classes, size)
-        # Attention only at the last, smallest resolution.
-        down = ("DownBlock2D",) * (len(spec.block_channels) - 1) + ("AttnDownBlock2D",)
-        up = ("AttnUpBlock2D",) + ("UpBlock2D",) * (len(spec.block_channels) - 1)
+        attended = spec.block_channels[-spec.attention_levels :]
+        plain = len(spec.block_channels) - len(attended)
+        down = ("DownBlock2D",) * plain + ("AttnDownBlock2D",) * len(attended)
+        up = ("AttnUpBlock2D",) * len(attended) + ("UpBlock2D",) * plain
         self.unet = UNet2DModel(
             sample_size=spec.shape[:2],
             in_channels=spec.shape[2],
@@ -48,7 +53,7 @@ class UNetGenerator(nn.Module):
             up_block_types=up,
             dropout=spec.dropout,
             norm_num_groups=min(32, spec.block_channels[0]),
-            attention_head_dim=spec.block_channels[-1] // 2,
+            attention_head_dim=min(spec.block_channels[-1] // 2, *attended),
             class_embed_type="identity",
             time_embedding_type="positional",
         )
@@ -75,6 +80,10 @@ class UNetGenerator(nn.Module):
     def sigma_range(self) -> tuple[float, float]:
         """EDM's for sampling (Karras et al. 2022, table 1), whatever the noise that the training drew."""
         return 0.002, 80.0
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """``denoise`` under the conditions of ``labels``: the one call that DistributedDataParallel sees."""
+        return self.denoise(x, sigma, self.embed(labels))
 
     def embed(self, labels: torch.Tensor) -> torch.Tensor:
         """Condition vectors (N, E) of class labels int64 (N,)."""

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.resources import Group, Pool, ResourcesConfig, fits, group_size, pool_sizes
+from cluster.resources import FitGroup, Group, Pool, ResourcesConfig, fits, group_size, pool_sizes
 from csm.errors import InputError
 
 
@@ -101,6 +101,16 @@ def test_pools_never_take_more_than_there_is_and_leave_no_room_unused(pools, cpu
 )
 def test_group_size(group, jobs, total, expected):
     assert group_size(group, jobs, total) == expected
+
+
+def test_the_generator_is_trained_by_one_worker_unless_more_are_asked_for():
+    assert ResourcesConfig().fit == FitGroup(workers=1, cpus=1.0, gpus=0.0)
+    assert FitGroup(gpus=1).workers == 1
+
+
+def test_a_group_that_does_not_fit_is_named():
+    with pytest.raises(InputError, match=r"resources\.fit: 3 workers .*; lower resources\.fit or add nodes"):
+        group_size(Group(workers=3), 5, {"CPU": 2}, "fit")
 
 
 @pytest.mark.parametrize(

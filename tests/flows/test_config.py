@@ -79,7 +79,10 @@ def test_an_empty_file_is_the_defaults_under_its_name(text, config_file):
     ("override", "allowed"),
     [
         ("nope=1", "name, data, train, description, generator, plan, mix, annotate, evaluate, resources"),
-        ("generator.nope=1", "path, kind, classes, guidance, prompt, block_channels, layers_per_block, dropout, steps,"),
+        (
+            "generator.nope=1",
+            "path, kind, classes, guidance, prompt, block_channels, layers_per_block, attention_levels, dropout,",
+        ),
         ("plan.nope=1", "pairs, ratios, sets_per_pair, shard_rows, seed"),
         ("mix.sampler.nope=1", "solver, spacing, steps, sigma_min, sigma_max, rho"),
         ("train.nope=1", "methods, compare, seeds, network, parameters, optimizer"),

@@ -79,6 +79,23 @@ def test_shapes(shape: tuple[int, int, int]) -> None:
     assert model.device == torch.device("cpu")
 
 
+@pytest.mark.parametrize(("levels", "attended"), [(1, [False, False, True]), (2, [False, True, True]), (9, [True, True, True])])
+def test_the_lowest_levels_have_attention(levels: int, attended: list[bool]) -> None:
+    model = generator(UNetSpec((8, 8, 1), 3, 0.4, (8, 16, 16), 1, 0.0, attention_levels=levels))
+    assert [hasattr(block, "attentions") for block in model.unet.down_blocks] == attended
+    assert [hasattr(block, "attentions") for block in model.unet.up_blocks] == attended[::-1]
+    x, labels = torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
+    assert torch.equal(model(x, torch.ones(2), labels), model.denoise(x, torch.ones(2), model.embed(labels)))
+
+
+def test_an_older_file_without_attention_levels_is_read(tmp_path: Path) -> None:
+    generator().save(tmp_path)
+    value = json.loads((tmp_path / "generator.json").read_text())
+    del value["attention_levels"]
+    (tmp_path / "generator.json").write_text(json.dumps(value))
+    assert load_unet(tmp_path).spec == SPEC
+
+
 def test_what_solvers_need_to_know() -> None:
     model = generator(UNetSpec((4, 8, 1), 3, 0.4, (8, 16), 1, 0.0))
     assert model.n_classes == 3
