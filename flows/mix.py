@@ -5,10 +5,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cluster.mixing import AnnotateJob, MixJob, process_shards
 from cluster.shards import Receipt, finished_shards, part_path, plan_shards
 from csm.datasets import RealDataset
+from csm.mixing import evaluations_per_image
+from csm.planning import ratio_grid
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.progress import task
@@ -32,6 +35,7 @@ def _run(context: Context, record: StageRecord) -> Made:
         sampler=config.mix.sampler,
         batch_size=config.mix.batch_size,
         shards=todo,
+        operator=config.mix.operator,
     )
     followers = annotate_jobs(context, record.fingerprint, todo) if stale(context, "fit-annotators") is None else []
     receipts = process(context, job if todo else None, followers, "mix", sum(rows.values()), sum(rows[shard] for shard in done))
@@ -40,9 +44,10 @@ def _run(context: Context, record: StageRecord) -> Made:
         seconds = sum(receipt.seconds for receipt in mixed)
         images = sum(receipt.rows for receipt in mixed)
         key = f"stage {record.name} {record.fingerprint}"
-        context.tracker.log_metrics(
-            key, {"images": float(images), "device_seconds": seconds, "images_per_device_second": images / seconds}
-        )
+        measured = {"images": float(images), "device_seconds": seconds, "images_per_device_second": images / seconds}
+        ratios = ratio_grid(config.plan).tolist()
+        measured["evaluations_per_image"] = evaluations_per_image(config.mix.sampler, config.mix.operator, ratios)
+        context.tracker.log_metrics(key, measured)
     return Made(sum(rows.values()), record.fingerprint)
 
 
@@ -85,11 +90,16 @@ def _outputs(workspace: Workspace, config: Config) -> list[Path]:
     return [part_path(workspace.mixed, shard) for shard in plan_shards(workspace.plan)] if workspace.plan.is_file() else []
 
 
+def _settings(config: Config) -> dict[str, Any]:
+    """Without the operator that was the only one once: what it made then is still good."""
+    return {"mix": {name: value for name, value in asdict(config.mix).items() if (name, value) != ("operator", "embedding")}}
+
+
 STAGE = Stage(
     name="mix",
     code_version=1,
     inputs=("prepare", "fit-generator", "plan"),
-    settings=lambda config: {"mix": asdict(config.mix)},
+    settings=_settings,
     outputs=_outputs,
     run=_run,
     costly=True,

@@ -52,16 +52,17 @@ def run_verb(
     with open_workspace(workspace) as opened, _terminable():
         context = Context(config, opened, STAGES, address, command, frozenset(forced))
         status = "FAILED"
+        names = verb_stages(verb, config)
         try:
-            refuse_replacing(context, VERBS[verb])
-            if address != "local" and not RAY_STAGES.isdisjoint(VERBS[verb]):
+            refuse_replacing(context, names)
+            if address != "local" and not RAY_STAGES.isdisjoint(names):
                 context.connect()  # now, rather than after an hour of other work
-            for name in VERBS[verb]:
+            for name in names:
                 run_stage(context, name)
                 if not context.outcomes[name]["reused"]:  # now something in the workspace is of this configuration
                     storage.write_text(opened.config, config.to_yaml())
                 if name == "prepare":  # what the others need of the user can be checked against the data, before hours of work
-                    for later in VERBS[verb]:
+                    for later in names:
                         STAGES[later].check(context)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -76,6 +77,12 @@ def run_verb(
             "seconds": round(sum(outcome["seconds"] for outcome in context.outcomes.values()), 3),
             "stages": context.outcomes,
         }
+
+
+def verb_stages(verb: str, config: Config) -> tuple[str, ...]:
+    """Stages that ``verb`` runs: ``VERBS``, and the fitting of the annotators, which has no verb, before a plan that asks them."""
+    fit = ("fit-annotators",) if verb == "plan" and "fit-annotators" in STAGES["plan"].reads(config) else ()
+    return (*fit, *VERBS[verb])
 
 
 def results_table(config: Config, metrics: Path) -> Any:
