@@ -18,7 +18,7 @@ from csm import storage, tables
 from flows import annotate, evaluate, fit_generator, mix, plan, prepare, report, train
 from flows.artifacts import open_workspace
 from flows.config import Config
-from flows.stages import Context, refuse_replacing, run_stage
+from flows.stages import Context, refuse_replacing, require_inputs, run_stage
 from flows.summary import summary_table, terminal_table
 
 STAGES = {
@@ -55,6 +55,8 @@ def run_verb(
         names = verb_stages(verb, config)
         try:
             refuse_replacing(context, names)
+            if verb == "plan":
+                require_inputs(context, verb, but=names)  # rather than after the annotators are fitted
             if address != "local" and not RAY_STAGES.isdisjoint(names):
                 context.connect()  # now, rather than after an hour of other work
             for name in names:

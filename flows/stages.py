@@ -117,12 +117,7 @@ def run_stage(context: Context, name: str) -> None:
         InputError: an input stage was not run or is out of date, or costly results of other settings would be replaced.
     """
     stage, workspace = context.stages[name], context.workspace
-    for needed in stage.reads(context.config):
-        reason = stale(context, needed)
-        if reason:
-            raise InputError(
-                f"{name} needs {needed}, which {reason}: run `csm {_verb(needed)}` with the same options first, or `csm run`"
-            )
+    require_inputs(context, name)
     forced = name in context.forced
     record, wanted = workspace.record(name), _wanted(context, stage)
     if not forced and stale(context, name) is None and record is not None:
@@ -156,6 +151,16 @@ def run_stage(context: Context, name: str) -> None:
     workspace.write_record(replace(wanted, done=True, digest=made.digest, rows=made.rows, seconds=round(spent + seconds, 3)))
     context.outcomes[name] = {"seconds": seconds, "reused": False, "rows": made.rows}
     say(f"{name}: done, {made.rows:,} {stage.unit} in {seconds:.1f} s")
+
+
+def require_inputs(context: Context, name: str, but: Sequence[str] = ()) -> None:
+    """``InputError`` unless what stage ``name`` reads is up to date; stages of ``but`` are not looked at."""
+    for needed in context.stages[name].reads(context.config):
+        reason = stale(context, needed) if needed not in but else None
+        if reason:
+            raise InputError(
+                f"{name} needs {needed}, which {reason}: run `csm {_verb(needed)}` with the same options first, or `csm run`"
+            )
 
 
 def stale(context: Context, name: str) -> str | None:
