@@ -14,6 +14,9 @@ from csm import tables
 from csm.classifiers import Classifier, ClassifierSpec, build_classifier
 from csm.datasets.real import build
 from csm.errors import InputError
+from csm.generators import load_generator
+from csm.mixing import mix
+from csm.sampling import SamplerConfig
 from flows.artifacts import StageRecord, Workspace
 from flows.config import load_config
 from flows.plan import STAGE
@@ -160,7 +163,7 @@ def test_the_operator_that_was_always_there_is_not_in_the_fingerprint_of_mix() -
 
 
 @pytest.mark.ray
-def test_the_command_fits_the_annotators_first_and_mixes_with_the_operator(finished, csm, tmp_path) -> None:
+def test_the_command_fits_the_annotators_first_and_mixes_with_the_operator(finished, csm, tmp_path, one_thread) -> None:
     root = Path(shutil.copytree(finished.root, tmp_path / "workspace"))
     shutil.rmtree(root / "mixed")
     settings = [
@@ -179,4 +182,8 @@ def test_the_command_fits_the_annotators_first_and_mixes_with_the_operator(finis
     done = csm("mix", *options)
     assert done.returncode == 0, done.stderr
     mixed = pl.read_parquet(root / "mixed" / "*.parquet")
-    assert set(mixed["mix_id"]) == set(plan["mix_id"])
+    generator, sampler = load_generator(root / "generator"), SamplerConfig(steps=2)
+    direct = [mix(shard, generator, (8, 8, 1), sampler, 4, "score") for shard in plan.partition_by("shard", maintain_order=True)]
+    assert mixed.equals(pl.concat(direct))
+    linear = mix(plan, generator, (8, 8, 1), sampler, 4)
+    assert not linear.equals(mixed)
