@@ -34,6 +34,7 @@ class MixJob:
     sampler: SamplerConfig
     batch_size: int
     shards: frozenset[int]
+    operator: str = "embedding"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class MixShards:
         if shard not in job.shards:
             return []
         started = time.monotonic()
-        frame = mix(read_plan(job.plan, shard), self.generator, job.shape, job.sampler, job.batch_size)
+        frame = mix(read_plan(job.plan, shard), self.generator, job.shape, job.sampler, job.batch_size, job.operator)
         checksum = write_part(frame, job.mixed, shard, tables.MIXED, job.key)
         return [_receipt("mixed", shard, len(frame), checksum, started)]
 

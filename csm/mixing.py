@@ -7,11 +7,11 @@ import polars as pl
 import torch
 import torch.nn.functional as F
 
-from csm import tables
+from csm import sampling, tables
 from csm.generators import Generator
-from csm.generators.conditioning import mix_embeddings
+from csm.generators.conditioning import OPERATORS, denoiser, evaluations
 from csm.noise import initial_noise
-from csm.sampling import SamplerConfig, solve
+from csm.sampling import Denoiser, SamplerConfig, solve
 
 
 def mix(
@@ -20,6 +20,7 @@ def mix(
     shape: tuple[int, int, int],
     sampler: SamplerConfig,
     batch_size: int = 256,
+    operator: str = "embedding",
 ) -> pl.DataFrame:
     """Denoise every row's noise under its mixed condition (Luo et al. 2025, section on semantic mixing).
 
@@ -29,14 +30,16 @@ def mix(
         shape: (H, W, C) of the images; a generator of another size is fitted to it, see ``fit_to``.
         sampler: solver settings; noise levels are kept inside ``generator.sigma_range``.
         batch_size: rows that go through the network together.
+        operator: how two classes are mixed, see ``OPERATORS``.
 
     Returns:
         The `mixed` table, one row for each plan row, in the same order.
 
     Raises:
+        InputError: the operator cannot be used with this generator.
         FloatingPointError: the generator gave pixels that are not finite, which as uint8 would pass for black.
     """
-    images = torch.cat(list(_batches(plan, generator, shape, sampler, batch_size)))
+    images = torch.cat(list(_batches(plan, generator, shape, sampler, batch_size, operator)))
     return tables.check(plan.select("mix_id").with_columns(tables.from_images(images)), tables.MIXED, "mixed")
 
 
@@ -45,29 +48,34 @@ def sample(
 ) -> torch.Tensor:
     """Unmixed images uint8 (N, C, H, W) of classes ``labels`` (N,), row i from the noise of ``seeds[i]``."""
     condition = generator.embed(torch.tensor(labels, dtype=torch.int64, device=generator.device))
-    return _denoise(seeds, condition, generator, shape, sampler)
+    return _denoise(seeds, denoiser(generator, condition), generator, shape, sampler)
+
+
+def evaluations_per_image(sampler: SamplerConfig, operator: str, ratios: Sequence[float]) -> float:
+    """Network evaluations for one image, on average over images of ``ratios``."""
+    return sampling.evaluations(sampler) * evaluations(operator, torch.tensor(ratios)).double().mean().item()
 
 
 def _batches(
-    plan: pl.DataFrame, generator: Generator, shape: tuple[int, int, int], sampler: SamplerConfig, batch_size: int
+    plan: pl.DataFrame, generator: Generator, shape: tuple[int, int, int], sampler: SamplerConfig, batch_size: int, operator: str
 ) -> Iterator[torch.Tensor]:
     for rows in plan.iter_slices(batch_size):
         class_a, class_b = (
-            generator.embed(torch.tensor(rows[name].to_list(), dtype=torch.int64, device=generator.device))
-            for name in ("class_a", "class_b")
+            torch.tensor(rows[name].to_list(), dtype=torch.int64, device=generator.device) for name in ("class_a", "class_b")
         )
         lam = torch.tensor(rows["lam"].to_list(), dtype=torch.float32, device=generator.device)
-        yield _denoise(rows["seed"].to_list(), mix_embeddings(class_a, class_b, lam), generator, shape, sampler)
+        denoise = OPERATORS[operator](generator, class_a, class_b, lam)
+        yield _denoise(rows["seed"].to_list(), denoise, generator, shape, sampler)
 
 
 def _denoise(
-    seeds: Sequence[int], condition: torch.Tensor, generator: Generator, shape: tuple[int, int, int], sampler: SamplerConfig
+    seeds: Sequence[int], denoise: Denoiser, generator: Generator, shape: tuple[int, int, int], sampler: SamplerConfig
 ) -> torch.Tensor:
-    """uint8 (N, C, H, W) from the noise of ``seeds`` under ``condition`` (N, E)."""
+    """uint8 (N, C, H, W) from the noise of ``seeds`` (N,) by ``denoise``."""
     noise = initial_noise(seeds, generator.noise_shape).to(generator.device)
     low, high = generator.sigma_range
     inside = replace(sampler, sigma_min=max(low, sampler.sigma_min), sigma_max=min(high, sampler.sigma_max))
-    images = generator.decode(solve(lambda x, sigma: generator.denoise(x, sigma, condition), noise, inside))
+    images = generator.decode(solve(denoise, noise, inside))
     if not images.isfinite().all():
         raise FloatingPointError("mixing: the generator gave pixels that are not finite: fit it again or import another one")
     return to_uint8(fit_to(images, shape))

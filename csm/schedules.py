@@ -18,8 +18,9 @@ class MixedSet:
     Attributes:
         images: uint8 (M, C, H, W).
         labels: soft labels float32 (M, K).
-        rows: int64 (S, R): index into ``images`` of set s at ratio r, ratios rising from lam = 0 (class_b) to lam = 1 (class_a).
+        rows: int64 (S, R): index into ``images`` of set s at its r-th ratio.
         class_a, class_b: int64 (S,), the pair of each set.
+        ratios: float32 (R,), rising shares of class_a, with or without the ends 0 (class_b) and 1 (class_a).
     """
 
     images: torch.Tensor
@@ -27,6 +28,7 @@ class MixedSet:
     rows: torch.Tensor
     class_a: torch.Tensor
     class_b: torch.Tensor
+    ratios: torch.Tensor
 
     @classmethod
     def join(cls, plan: pl.DataFrame, mixed: pl.DataFrame, labels: pl.DataFrame, shape: tuple[int, int, int]) -> "MixedSet":
@@ -58,6 +60,7 @@ class MixedSet:
             rows=torch.arange(len(table)).view(len(sets), steps),
             class_a=torch.from_numpy(sets["class_a"].to_numpy().astype(np.int64)),
             class_b=torch.from_numpy(sets["class_b"].to_numpy().astype(np.int64)),
+            ratios=torch.from_numpy(table["lam"].head(steps).to_numpy().copy()),
         )
 
 
@@ -76,6 +79,7 @@ class Schedule:
         self._mixed = mixed
         holds = [((mixed.class_a == k) | (mixed.class_b == k)).nonzero().flatten() for k in range(n_classes)]
         self._sizes = torch.tensor([len(sets) for sets in holds])
+        self._inner = ((mixed.ratios > 0) & (mixed.ratios < 1)).nonzero().flatten()  # steps that are mixtures of both classes
         self._sets = torch.nn.utils.rnn.pad_sequence(holds, batch_first=True)  # (K, most sets of a class)
 
     def draw(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -84,16 +88,17 @@ class Schedule:
     def pair(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """The paper's rule: one set whose pair holds the class; from it the class's own endpoint and interior images.
 
-        A set of two ratios has no interior: its endpoint stands in.
+        Where the ratios have no endpoint, the image with most of the class stands in, and where they have no interior, the endpoint.
         """
         if (self._sizes[labels] == 0).any():
             raise InputError("schedule 'pair' needs a mixed pair for every class: widen plan.pairs or take schedule 'interior'")
         pick = (torch.rand(len(labels), generator=generator) * self._sizes[labels]).long()
         sets = self._sets[labels, pick]  # (B,)
         last = self._mixed.rows.shape[1] - 1
-        own = torch.where(self._mixed.class_a[sets] == labels, last, 0)  # lam = 1 is class_a
+        own = torch.where(self._mixed.class_a[sets] == labels, last, 0)  # the highest share is that of most of class_a
         shape = (self._per_real - 1, len(labels))
-        interior = torch.randint(1, last, shape, generator=generator) if last > 1 else own.expand(shape)
+        inner = self._inner
+        interior = inner[torch.randint(0, len(inner), shape, generator=generator)] if len(inner) else own.expand(shape)
         steps = torch.cat([own[None], interior])  # (per_real, B)
         return self._mixed.rows[sets, steps].flatten()
 
@@ -102,10 +107,10 @@ class Schedule:
         return torch.randint(0, len(self._mixed.images), (len(labels) * self._per_real,), generator=generator)
 
     def interior(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Any mixed image that is not an endpoint of its set."""
-        rows = self._mixed.rows[:, 1:-1].flatten()
+        """Any image that is a mixture of both classes: not an endpoint of its set."""
+        rows = self._mixed.rows[:, self._inner].flatten()
         if len(rows) == 0:
-            raise InputError("schedule 'interior' needs plan.ratios of at least 3")
+            raise InputError("schedule 'interior' needs plan.ratios of at least 3, or a list with one between 0 and 1")
         return rows[torch.randint(0, len(rows), (len(labels) * self._per_real,), generator=generator)]
 
 

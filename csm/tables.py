@@ -3,12 +3,14 @@
 A table is a polars frame. Whoever writes one checks it, whoever reads one checks it again, so a column has one meaning everywhere.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import torch
 
 from csm.errors import InputError
@@ -83,6 +85,20 @@ def write(frame: pl.DataFrame, path: Path, schema: Schema, metadata: dict[str, s
     check(frame, schema, str(path))
     with replacing(path) as temporary:
         frame.write_parquet(temporary, compression="zstd", metadata=metadata)
+
+
+@contextmanager
+def in_pieces(path: Path, schema: Schema) -> Iterator[Callable[[pl.DataFrame], None]]:
+    """Give a function that checks a frame and appends it as one row group; when the block ends well, ``path`` is there, whole."""
+
+    def arrow(frame: pl.DataFrame) -> Any:
+        return check(frame, schema, str(path)).to_arrow(compat_level=pl.CompatLevel.oldest())
+
+    # A dictionary pays for columns of few values; text and 64-bit numbers are nearly all different.
+    repeated = [name for name, dtype in schema.items() if dtype not in (pl.String(), pl.Binary(), pl.Int64())]
+    form = arrow(pl.DataFrame(schema=dict(schema))).schema
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, form, compression="zstd", use_dictionary=repeated) as writer:
+        yield lambda frame: writer.write_table(arrow(frame), row_group_size=len(frame))
 
 
 def read(path: Path, schema: Schema) -> pl.DataFrame:

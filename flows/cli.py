@@ -225,6 +225,16 @@ def overhead(seconds: float, as_json: bool, debug: bool) -> None:
     _show_result(measure(seconds), as_json)
 
 
+@bench.command(help="Writing a plan of millions of rows on one core, and reading one shard of it.")
+@click.option("--rows", type=click.IntRange(min=1), default=10_000_000, show_default=True, help="Images in the plan, at least.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def plan(rows: int, as_json: bool, debug: bool) -> None:
+    from flows.bench.plan import plan as measure
+
+    _show_result(measure(rows), as_json)
+
+
 def _show_result(result: dict[str, Any], as_json: bool) -> None:
     for key, value in result.items():
         click.echo(f"{key:<24}{value}")

@@ -16,10 +16,11 @@ from cluster.resources import ResourcesConfig
 from csm.classifiers import NETWORKS
 from csm.datasets import DATASETS
 from csm.errors import InputError
+from csm.generators.conditioning import OPERATORS
 from csm.generators.config import GeneratorConfig
 from csm.losses import HARD, SOFT, build_loss
 from csm.parameters import check_parameters, expected
-from csm.planning import PlanConfig
+from csm.planning import PlanConfig, ratio_grid
 from csm.reannotation import ANNOTATORS
 from csm.sampling import SamplerConfig
 from csm.schedules import SCHEDULES
@@ -30,10 +31,11 @@ STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, config=STRICT)
 class MixConfig:
-    """Solver and batch: rows that go through the generator together."""
+    """Solver, batch (rows that go through the generator together), and operator that mixes two classes, see ``OPERATORS``."""
 
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     batch_size: int = Field(default=256, ge=1)
+    operator: str = "embedding"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -217,6 +219,8 @@ def _check_names(config: Config) -> Config:
     sampler = config.mix.sampler
     if sampler.sigma_min >= sampler.sigma_max:
         raise InputError(f"mix.sampler.sigma_min: expected less than sigma_max {sampler.sigma_max:g}, got {sampler.sigma_min:g}")
+    _known("mix.operator", config.mix.operator, OPERATORS)
+    ratio_grid(config.plan)
     for annotator in config.annotate.annotators:
         _known("annotate.annotators", annotator, ANNOTATORS)
     for name in config.train.compare:

@@ -15,6 +15,7 @@ from csm.classifiers import NETWORKS
 from csm.datasets import DATASETS
 from csm.errors import InputError
 from csm.generators import GENERATORS
+from csm.generators.conditioning import OPERATORS
 from csm.losses import HARD, SOFT
 from csm.metrics import METRICS
 from csm.reannotation import ANNOTATORS
@@ -42,6 +43,7 @@ def diagnose(workspace: Path, address: str) -> dict[str, Any]:
         "configs": [name for name in config_names() if name != "default"],
         "datasets": list(DATASETS),
         "generators": list(GENERATORS),
+        "operators": list(OPERATORS),
         "annotators": list(ANNOTATORS),
         "networks": list(NETWORKS),
         "losses": list(HARD),
@@ -61,7 +63,18 @@ def show(findings: dict[str, Any]) -> None:
     print(f"{'workspace':<12}{findings['workspace']['path']}: {findings['workspace']['state']}")
     ray = findings["ray"]
     print(f"{'ray':<12}{ray['address']}: {ray['state']}")
-    for key in ("configs", "datasets", "generators", "annotators", "networks", "losses", "soft_losses", "schedules", "metrics"):
+    registries = (
+        "datasets",
+        "generators",
+        "operators",
+        "annotators",
+        "networks",
+        "losses",
+        "soft_losses",
+        "schedules",
+        "metrics",
+    )
+    for key in ("configs", *registries):
         print(f"{key:<12}{', '.join(findings[key])}")
     for problem in findings["problems"]:
         print(f"problem: {problem}")

@@ -9,6 +9,8 @@ from pathlib import Path
 from cluster.mixing import AnnotateJob, MixJob, process_shards
 from cluster.shards import Receipt, finished_shards, part_path, plan_shards
 from csm.datasets import RealDataset
+from csm.mixing import evaluations_per_image
+from csm.planning import ratio_grid
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.progress import task
@@ -32,6 +34,7 @@ def _run(context: Context, record: StageRecord) -> Made:
         sampler=config.mix.sampler,
         batch_size=config.mix.batch_size,
         shards=todo,
+        operator=config.mix.operator,
     )
     followers = annotate_jobs(context, record.fingerprint, todo) if stale(context, "fit-annotators") is None else []
     receipts = process(context, job if todo else None, followers, "mix", sum(rows.values()), sum(rows[shard] for shard in done))
@@ -40,9 +43,10 @@ def _run(context: Context, record: StageRecord) -> Made:
         seconds = sum(receipt.seconds for receipt in mixed)
         images = sum(receipt.rows for receipt in mixed)
         key = f"stage {record.name} {record.fingerprint}"
-        context.tracker.log_metrics(
-            key, {"images": float(images), "device_seconds": seconds, "images_per_device_second": images / seconds}
-        )
+        measured = {"images": float(images), "device_seconds": seconds, "images_per_device_second": images / seconds}
+        ratios = ratio_grid(config.plan).tolist()
+        measured["evaluations_per_image"] = evaluations_per_image(config.mix.sampler, config.mix.operator, ratios)
+        context.tracker.log_metrics(key, measured)
     return Made(sum(rows.values()), record.fingerprint)
 
 

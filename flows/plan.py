@@ -1,36 +1,87 @@
 """plan: one row for every image to mix."""
 
 from dataclasses import asdict
+from typing import Any
 
-from csm import tables
+import torch
+
+from cluster.shards import plan_shards
+from csm.classifiers import in_batches
 from csm.datasets import RealDataset
-from csm.planning import check_pairs, make_plan, plan_digest
+from csm.encoders import ENCODERS
+from csm.pairs import (
+    Pairs,
+    all_pairs,
+    check_per_class,
+    confusion_distances,
+    listed_pairs,
+    nearest_pairs,
+    prototype_distances,
+)
+from csm.planning import MEASURED, ratio_grid, write_plan
+from csm.reannotation.prototypes import class_prototypes
+from csm.reannotation.teacher import load_teacher
 from flows.artifacts import StageRecord
+from flows.config import Config
 from flows.progress import say
 from flows.stages import Context, Made, Stage
 
 
 def _run(context: Context, record: StageRecord) -> Made:
-    info = RealDataset.load(context.workspace.root).info
-    plan = make_plan(info.n_classes, info.digest, record.inputs["generator"], context.config.plan)
-    tables.write(plan, context.workspace.plan, tables.PLAN)
-    pairs = plan.select("class_a", "class_b").n_unique()
-    sets, ratios = context.config.plan.sets_per_pair, context.config.plan.ratios
-    say(f"  {pairs} pairs x {sets} sets x {ratios} ratios, shards: {plan['shard'].n_unique()}")
-    return Made(len(plan), plan_digest(plan))
+    config, path = context.config.plan, context.workspace.plan
+    info = RealDataset.load_info(context.workspace.root)
+    pairs = _pairs(context)
+    rows, digest = write_plan(path, pairs, info.digest, record.inputs["generator"], config)
+    of_all = f"{len(pairs):,} of {info.n_classes * (info.n_classes - 1) // 2:,} pairs"
+    ratios, shards = len(ratio_grid(config)), len(plan_shards(path))
+    say(f"  {rows:,} images: {of_all} x {config.sets_per_pair} sets x {ratios} ratios, in {shards:,} shards")
+    return Made(rows, digest)
+
+
+def _pairs(context: Context) -> Pairs:
+    """The pairs of ``plan.pairs``."""
+    config, info = context.config.plan, RealDataset.load_info(context.workspace.root)
+    if config.pairs in MEASURED:
+        return nearest_pairs(_distances(context), config.pairs_per_class)
+    return all_pairs(info.n_classes) if config.pairs == "all" else listed_pairs(config.pairs, info.n_classes, info.class_names)
+
+
+def _distances(context: Context) -> torch.Tensor:
+    """Distances (K, K) of the classes: what the teacher confuses on validation images, or the encoder's class means of training images."""
+    config, workspace = context.config, context.workspace
+    data = RealDataset.load(workspace.root)
+    if config.plan.pairs == "prototypes":
+        encoder = ENCODERS["classifier"](workspace.teacher_member(0))
+        images, labels = data.split("train")
+        return prototype_distances(class_prototypes([(in_batches(encoder, images), labels)], data.info.n_classes))
+    members = [workspace.teacher_member(number) for number in range(config.annotate.members)]
+    images, labels = data.split("val")
+    return confusion_distances(load_teacher(workspace.root, members).log_posterior(images), labels, data.info.n_classes)
 
 
 def _check(context: Context) -> None:
     """The pairs must be classes of the data, which are known once it is prepared."""
-    if context.workspace.dataset.is_file():
-        check_pairs(context.config.plan.pairs, RealDataset.load_info(context.workspace.root).n_classes)
+    if not context.workspace.dataset.is_file():
+        return
+    if context.config.plan.pairs in MEASURED:
+        check_per_class(context.config.plan.pairs_per_class, RealDataset.load_info(context.workspace.root).n_classes)
+    else:
+        _pairs(context)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Those that the rows depend on; what other policies and grids need would only call a good plan out of date."""
+    plan = config.plan
+    needed = {"pairs_per_class": plan.pairs in MEASURED, "grid": plan.grid != "uniform", "alpha": plan.grid == "beta"}
+    return {"plan": {name: value for name, value in asdict(plan).items() if needed.get(name, True)}}
 
 
 STAGE = Stage(
     name="plan",
     code_version=1,
     inputs=("prepare", "generator"),
-    settings=lambda config: {"plan": asdict(config.plan)},
+    more_inputs=lambda config: ("fit-annotators",) if config.plan.pairs in MEASURED else (),
+    settings=_settings,
     outputs=lambda workspace, config: [workspace.plan],
     check=_check,
     run=_run,

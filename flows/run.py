@@ -18,7 +18,7 @@ from csm import storage, tables
 from flows import annotate, evaluate, generator, mix, plan, prepare, report, train
 from flows.artifacts import open_workspace
 from flows.config import Config
-from flows.stages import Context, refuse_replacing, run_stage
+from flows.stages import Context, refuse_replacing, require, run_stage
 from flows.summary import summary_table, terminal_table
 
 STAGES = {
@@ -55,16 +55,19 @@ def run_verb(
     with open_workspace(workspace) as opened, terminable():
         context = Context(config, opened, STAGES, address, command, frozenset(forced))
         status = "FAILED"
+        names = verb_stages(verb, config)
         try:
-            refuse_replacing(context, VERBS[verb])
-            if address != "local" and not RAY_STAGES.isdisjoint(VERBS[verb]):
+            refuse_replacing(context, names)
+            if verb == "plan":  # what it lacks is said before the annotators are fitted
+                require(context, verb, [name for name in STAGES[verb].reads(config) if name not in names])
+            if address != "local" and not RAY_STAGES.isdisjoint(names):
                 context.connect()  # now, rather than after an hour of other work
-            for name in VERBS[verb]:
+            for name in names:
                 run_stage(context, name)
                 if not context.outcomes[name]["reused"]:  # now something in the workspace is of this configuration
                     storage.write_text(opened.config, config.to_yaml())
                 if name == "prepare":  # what the others need of the user can be checked against the data, before hours of work
-                    for later in VERBS[verb]:
+                    for later in names:
                         STAGES[later].check(context)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -79,6 +82,12 @@ def run_verb(
             "seconds": round(sum(outcome["seconds"] for outcome in context.outcomes.values()), 3),
             "stages": context.outcomes,
         }
+
+
+def verb_stages(verb: str, config: Config) -> tuple[str, ...]:
+    """Stages that ``verb`` runs: ``VERBS``, and the fitting of the annotators, which has no verb, before a plan that asks them."""
+    fit = ("fit-annotators",) if verb == "plan" and "fit-annotators" in STAGES["plan"].reads(config) else ()
+    return (*fit, *VERBS[verb])
 
 
 def results_table(config: Config, metrics: Path) -> Any:

@@ -31,6 +31,7 @@ class Stage:
         name: as on the command line.
         code_version: raise it when the stage's code gives other results for the same settings and inputs.
         inputs: names of the stages whose results it reads.
+        more_inputs: those that it reads under some configurations only.
         settings: the part of the configuration that its result depends on.
         outputs: what it writes; all of it exists when the stage is done.
         check: look at what the user gave before anything is written or removed; raises ``InputError``.
@@ -50,6 +51,11 @@ class Stage:
     costly: bool = False
     incremental: bool = False
     unit: str = "images"
+    more_inputs: Callable[[Config], tuple[str, ...]] = lambda config: ()
+
+    def reads(self, config: Config) -> tuple[str, ...]:
+        """Names of the stages whose results it reads under ``config``."""
+        return (*self.inputs, *self.more_inputs(config))
 
 
 @dataclass
@@ -111,7 +117,7 @@ def run_stage(context: Context, name: str) -> None:
         InputError: an input stage was not run or is out of date, or costly results of other settings would be replaced.
     """
     stage, workspace = context.stages[name], context.workspace
-    require(context, name, stage.inputs)
+    require(context, name, stage.reads(context.config))
     forced = name in context.forced
     record, wanted = workspace.record(name), _wanted(context, stage)
     if not forced and stale(context, name) is None and record is not None:
@@ -162,7 +168,7 @@ def stale(context: Context, name: str) -> str | None:
     stage, record = context.stages[name], context.workspace.record(name)
     if record is None:
         return "was not run in this workspace"
-    for needed in stage.inputs:
+    for needed in stage.reads(context.config):
         reason = stale(context, needed)
         if reason:
             return f"depends on {needed}, which {reason}"
@@ -191,7 +197,7 @@ def refuse_replacing(context: Context, names: Sequence[str]) -> None:
 
 def _sources(context: Context, name: str) -> list[str]:
     """``name`` and the stages that its result comes from, each once."""
-    inputs = [source for needed in context.stages[name].inputs for source in _sources(context, needed)]
+    inputs = [source for needed in context.stages[name].reads(context.config) for source in _sources(context, needed)]
     return list(dict.fromkeys([*inputs, name]))
 
 
@@ -224,7 +230,7 @@ def plain_settings(config: Config) -> dict[str, Any]:
 def _wanted(context: Context, stage: Stage) -> StageRecord:
     """The record that ``stage`` should have, before it is run."""
     settings = plain(stage.settings(context.config))
-    inputs = {name: record.digest if (record := context.workspace.record(name)) else "" for name in stage.inputs}
+    inputs = {name: record.digest if (record := context.workspace.record(name)) else "" for name in stage.reads(context.config)}
     fingerprint = storage.digest(stage.name, stage.code_version, settings, inputs)
     return StageRecord(stage.name, fingerprint, settings, stage.code_version, inputs)
 

@@ -21,6 +21,8 @@ class Generator(Protocol):
         n_classes: classes that ``embed`` takes: those of the data set, 0..n_classes-1.
         noise_shape: (C, H, W) of the noise that it starts from: of pixels, or of a latent code.
         sigma_range: lowest and highest noise level that it was trained on; solvers stay inside.
+        spherical: whether its condition is a vector of an embedding space, in which directions mean something; False for weights of
+            classes and other numbers of which only linear mixtures do.
     """
 
     @property
@@ -33,6 +35,8 @@ class Generator(Protocol):
     def noise_shape(self) -> tuple[int, int, int]: ...
     @property
     def sigma_range(self) -> tuple[float, float]: ...
+    @property
+    def spherical(self) -> bool: ...
 
     def to(self, device: torch.device) -> Any:
         """Move to ``device``, in place."""

@@ -47,6 +47,7 @@ class DiTGenerator(nn.Module):
     """
 
     classes: torch.Tensor
+    spherical = False
 
     def __init__(self, transformer: Any, vae: Any, schedule: VPSchedule, spec: DiTSpec) -> None:
         """Take over ``transformer``, a DiTTransformer2DModel, and its AutoencoderKL ``vae``."""

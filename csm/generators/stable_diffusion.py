@@ -34,6 +34,7 @@ class StableDiffusionGenerator(nn.Module):
     """
 
     prompts: torch.Tensor
+    spherical = True
 
     def __init__(self, unet: Any, vae: Any, schedule: VPSchedule, prompts: torch.Tensor, spec: StableDiffusionSpec) -> None:
         """``prompts`` float32 (K + 1, T, D): encoded, one for each class, then the empty one."""

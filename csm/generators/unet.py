@@ -34,6 +34,8 @@ class UNetGenerator(nn.Module):
     mixture of classes is a mixture of vectors.
     """
 
+    spherical = True
+
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
         self.spec = spec

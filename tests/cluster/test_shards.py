@@ -1,10 +1,12 @@
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from cluster.shards import finished_shards, part_path, plan_shards, read_plan, write_part
 from csm import tables
 from csm.errors import InputError
-from csm.planning import PlanConfig, make_plan
+from csm.pairs import all_pairs
+from csm.planning import PlanConfig, make_plan, write_plan
 
 ROWS = {0: 4, 1: 3}
 
@@ -83,3 +85,25 @@ def test_the_shards_of_a_plan_are_its_rows_in_order(tmp_path):
     assert rows == {0: 9, 1: 9, 2: 9, 3: 9, 4: 9}
     assert list(rows) == sorted(rows)
     assert pl.concat([read_plan(tmp_path / "plan.parquet", shard) for shard in rows]).equals(plan)
+
+
+def test_a_shard_is_read_from_its_row_group_alone(tmp_path):
+    path, config = tmp_path / "plan.parquet", PlanConfig(ratios=9, sets_per_pair=30, shard_rows=1000)
+    write_plan(path, all_pairs(40), "data", "generator", config)
+    rows = plan_shards(path)
+    wanted = list(rows)[len(rows) // 2]
+    whole = read_plan(path, wanted)
+    footer = pq.ParquetFile(path).metadata
+    damaged = bytearray(path.read_bytes())
+    assert footer.num_row_groups > 2
+    for number in range(footer.num_row_groups):
+        columns = [footer.row_group(number).column(column) for column in range(footer.num_columns)]
+        shards = next(column.statistics for column in columns if column.path_in_schema == "shard")
+        if not shards.min <= wanted <= shards.max:
+            start = min(column.dictionary_page_offset or column.data_page_offset for column in columns)
+            size = sum(column.total_compressed_size for column in columns)
+            damaged[start : start + size] = bytes(size)
+    path.write_bytes(damaged)
+    assert read_plan(path, wanted).equals(whole)
+    with pytest.raises(pl.exceptions.PolarsError):  # the damage is real
+        read_plan(path, 0)

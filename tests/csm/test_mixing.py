@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from csm import tables
+from csm.generators.conditioning import OPERATORS
 from csm.generators.unet import UNetGenerator, UNetSpec
-from csm.mixing import fit_to, mix, sample, to_uint8
+from csm.mixing import evaluations_per_image, fit_to, mix, sample, to_uint8
 from csm.noise import initial_noise
 from csm.planning import PlanConfig, make_plan
 from csm.sampling import SamplerConfig
@@ -21,6 +22,8 @@ class Flat:
 
     levels: tuple[float, ...] = (-0.8, 0.0, 0.6)
     starts: list[torch.Tensor] = field(default_factory=list)
+    spherical = True
+    rows = 0
 
     @property
     def device(self) -> torch.device:
@@ -45,6 +48,7 @@ class Flat:
         return torch.tensor(self.levels)[labels][:, None]
 
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        self.rows += len(x)
         if sigma[0] == SAMPLER.sigma_max:
             self.starts.append(x)
         return condition.view(-1, 1, 1, 1).expand_as(x)
@@ -62,7 +66,7 @@ def network() -> UNetGenerator:
         return UNetGenerator(UNetSpec(SHAPE, 3, 0.5, (8, 16), 1, 0.0)).eval().requires_grad_(False)
 
 
-def plan(ratios: int = 3, sets: int = 2) -> pl.DataFrame:
+def plan(ratios: object = 3, sets: int = 2) -> pl.DataFrame:
     return make_plan(3, "data", "net", PlanConfig(ratios=ratios, sets_per_pair=sets))
 
 
@@ -77,6 +81,34 @@ def test_the_ratio_is_the_share_of_class_a() -> None:
     for image, row in zip(images, rows.rows(named=True), strict=True):
         level = row["lam"] * generator.levels[row["class_a"]] + (1 - row["lam"]) * generator.levels[row["class_b"]]
         assert (image.double() - (level + 1) * 127.5).abs().max() <= 0.51
+
+
+def test_score_mixing_of_grey_levels_is_their_mixture() -> None:
+    rows, generator = plan(ratios=5), Flat()
+    assert mix(rows, generator, SHAPE, SAMPLER, operator="score").equals(mix(rows, Flat(), SHAPE, SAMPLER))
+
+
+def test_slerp_of_grey_levels_is_linear() -> None:
+    # Vectors of one number are parallel or opposite.
+    rows = plan(ratios=5)
+    assert mix(rows, Flat(), SHAPE, SAMPLER, operator="slerp").equals(mix(rows, Flat(), SHAPE, SAMPLER))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("ratios", [2, 5, (0.0, 0.3), (0.2, 0.7, 0.8)])
+def test_evaluations_are_those_that_mixing_makes(operator: str, ratios: object) -> None:
+    rows, generator = plan(ratios=ratios), Flat()
+    mix(rows, generator, SHAPE, SAMPLER, batch_size=7, operator=operator)
+    assert generator.rows == pytest.approx(len(rows) * evaluations_per_image(SAMPLER, operator, rows["lam"].to_list()))
+
+
+def test_operators_make_different_pictures_between_the_same_ends(network: UNetGenerator) -> None:
+    rows = plan(ratios=3)
+    images = {name: images_of(mix(rows, network, SHAPE, SAMPLER, operator=name)).int() for name in OPERATORS}
+    middle = torch.from_numpy(rows["lam"].to_numpy() == 0.5)
+    for name in ("slerp", "score"):
+        assert (images[name] - images["embedding"])[~middle].abs().max() <= 1  # the batch of another size rounds differently
+        assert (images[name] - images["embedding"])[middle].abs().max() > 1
 
 
 def test_order_and_ids_are_those_of_the_plan() -> None:

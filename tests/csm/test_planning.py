@@ -1,13 +1,17 @@
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
+from scipy.stats import beta
 
 from csm import tables
 from csm.errors import InputError
-from csm.planning import PlanConfig, make_plan, plan_digest
+from csm.pairs import all_pairs, listed_pairs
+from csm.planning import CHUNK_ROWS, PlanConfig, make_plan, plan_digest, ratio_grid, write_plan
 
 SET = ["class_a", "class_b", "group"]
 
@@ -36,6 +40,123 @@ def test_ratios_are_evenly_spaced_with_both_ends(ratios: int) -> None:
     assert frame["lam"].to_numpy() == pytest.approx([step / (ratios - 1) for step in range(ratios)], abs=1e-7)
     assert (frame["lam"][0], frame["lam"][-1]) == (0.0, 1.0)  # exactly
     assert frame["step"].to_list() == list(range(ratios))
+
+
+@pytest.mark.parametrize("ratios", [2, 3, 8, 255])
+def test_the_cosine_grid_is_dense_at_both_ends(ratios: int) -> None:
+    grid = ratio_grid(PlanConfig(ratios=ratios, grid="cosine"))
+    # Chebyshev's extrema, moved to 0..1: an independent way to the same numbers
+    extrema = (np.polynomial.chebyshev.chebpts2(ratios) + 1) / 2
+    assert grid == pytest.approx(extrema, abs=1e-7)
+    assert (grid[0], grid[-1]) == (0.0, 1.0)  # exactly
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0, 2.0, 7.5])
+@pytest.mark.parametrize("ratios", [2, 3, 8])
+def test_the_beta_grid_is_quantiles_with_both_ends(ratios: int, alpha: float) -> None:
+    grid = ratio_grid(PlanConfig(ratios=ratios, grid="beta", alpha=alpha))
+    assert grid == pytest.approx(beta(alpha, alpha).ppf(np.linspace(0, 1, ratios)), rel=1e-5, abs=1e-7)
+    assert (grid[0], grid[-1]) == (0.0, 1.0)
+    assert grid + grid[::-1] == pytest.approx(np.ones(ratios), abs=1e-6)  # neither class is favoured
+
+
+def test_beta_of_1_is_uniform_and_beta_of_a_half_is_cosine() -> None:
+    for alpha, name in ((1.0, "uniform"), (0.5, "cosine")):
+        assert ratio_grid(PlanConfig(grid="beta", alpha=alpha)) == pytest.approx(ratio_grid(PlanConfig(grid=name)), abs=1e-6)
+
+
+def test_a_list_of_ratios_is_taken_as_it_stands() -> None:
+    frame = plan(3, ratios=(0.1, 0.5, 0.75), sets_per_pair=2)
+    assert frame["lam"].to_list() == [np.float32(0.1), 0.5, 0.75] * 6
+    assert frame["step"].to_list() == [0, 1, 2] * 6
+    assert plan(2, ratios=(0.25,), sets_per_pair=1)["lam"].to_list() == [0.25]
+
+
+@pytest.mark.parametrize("ratios", [(), (0.5, 0.5), (0.3, 0.2), (0.5, 0.5 + 1e-9), tuple(np.linspace(0, 1, 256).tolist())])
+def test_a_list_must_rise_in_float32_and_fit_its_step(ratios: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match=r"plan.ratios: expected 1 to 255 different ratios that rise"):
+        ratio_grid(PlanConfig(ratios=ratios))
+
+
+@pytest.mark.parametrize("alpha", [0.01, 1e-6, 1e-300])
+def test_quantiles_that_fall_together_are_refused(alpha: float) -> None:
+    with pytest.raises(InputError, match=r"plan.alpha: 9 quantiles of Beta\("):
+        ratio_grid(PlanConfig(ratios=9, grid="beta", alpha=alpha))
+
+
+def test_the_ids_and_seeds_of_the_first_version_are_kept() -> None:
+    # As csm wrote them when every grid was uniform: a workspace of that time goes on with its pictures.
+    rows = plan(10, ratios=8, sets_per_pair=12, shard_rows=360).select("mix_id", "shard", "seed", "lam")
+    assert rows.row(0) == ("aecbf4d37ad2ae70-0-1-0-0", 0, 191737976224538226, 0.0)
+    assert rows.row(-1) == ("aecbf4d37ad2ae70-8-9-11-7", 11, 8806369578188381925, 1.0)
+    rows = plan(5, pairs=((3, 1), (0, 4)), ratios=5, sets_per_pair=3, shard_rows=7, seed=3).select(
+        "mix_id", "shard", "seed", "lam"
+    )
+    assert rows.row(0) == ("fe74036800138b38-1-3-0-0", 0, 3954442275724354934, 0.0)
+    assert rows.row(-1) == ("fe74036800138b38-0-4-2-4", 5, 6584924002585766304, 1.0)
+
+
+def test_a_list_of_the_uniform_ratios_is_the_uniform_grid() -> None:
+    assert plan(ratios=(0.0, 0.25, 0.5, 0.75, 1.0)).equals(plan(ratios=5))
+
+
+GRIDS = [
+    {},
+    {"grid": "cosine"},
+    {"grid": "beta"},
+    {"grid": "beta", "alpha": 3.0},
+    {"ratios": (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)},
+]
+
+
+def test_another_grid_gives_other_ids_from_the_same_noises() -> None:
+    plans = [plan(**settings) for settings in GRIDS]
+    ids = [set(frame["mix_id"]) for frame in plans]
+    assert len(set.union(*ids)) == sum(len(part) for part in ids)
+    assert all(frame["seed"].equals(plans[0]["seed"]) for frame in plans)
+
+
+@pytest.mark.parametrize("settings", GRIDS)
+def test_more_sets_or_other_pairs_keep_the_rows_of_any_grid(settings: dict[str, object]) -> None:
+    columns = ["mix_id", "seed", *SET, "step", "lam"]
+    whole = plan(6, sets_per_pair=4, **settings).select(columns)
+    for other in ({"sets_per_pair": 2}, {"pairs": ((0, 3), (1, 2)), "sets_per_pair": 3, "shard_rows": 10}):
+        some = plan(6, **settings, **other).select(columns)
+        assert len(some.join(whole, on=columns)) == len(some)
+
+
+def test_given_pairs_take_the_place_of_the_policy() -> None:
+    chosen = listed_pairs([(0, 2), (1, 3)], 4)
+    frame = make_plan(4, "data", "net", PlanConfig(pairs="confusion", ratios=3), chosen)
+    assert frame.equals(plan(pairs=((0, 2), (1, 3)), ratios=3))
+    with pytest.raises(ValueError, match="pairs: expected those that were chosen by confusion, got None"):
+        plan(pairs="confusion")
+
+
+def large(**settings: object) -> tuple[int, PlanConfig]:
+    """A plan of several pieces: 40 classes, 780 pairs."""
+    return 40, PlanConfig(**{"ratios": 9, "sets_per_pair": 30, "shard_rows": 1000, **settings})
+
+
+@pytest.mark.parametrize("settings", [{}, {"grid": "cosine"}, {"shard_rows": 10**6}, {"shard_rows": 1, "sets_per_pair": 12}])
+def test_the_written_plan_is_the_plan_that_is_made(settings: dict[str, object], tmp_path: Path) -> None:
+    classes, config = large(**settings)
+    rows, digest = write_plan(tmp_path / "plan.parquet", all_pairs(classes), "data", "net", config)
+    made = make_plan(classes, "data", "net", config)
+    assert rows == len(made) > CHUNK_ROWS
+    assert digest == plan_digest(made)
+    assert tables.read(tmp_path / "plan.parquet", tables.PLAN).equals(made)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.parquet"]
+
+
+def test_a_row_group_holds_whole_shards(tmp_path: Path) -> None:
+    classes, config = large()
+    write_plan(tmp_path / "plan.parquet", all_pairs(classes), "data", "net", config)
+    file = pq.ParquetFile(tmp_path / "plan.parquet")
+    assert file.num_row_groups > 1
+    shards = [set(file.read_row_group(number)["shard"].to_pylist()) for number in range(file.num_row_groups)]
+    assert len(set.union(*shards)) == sum(len(group) for group in shards)
+    assert all(file.metadata.row_group(number).num_rows <= CHUNK_ROWS for number in range(file.num_row_groups))
 
 
 def test_a_list_of_pairs_is_taken_whatever_its_direction() -> None:

@@ -110,6 +110,48 @@ def test_pair_gives_the_classes_own_endpoint_and_interior_images_of_one_set(per_
                 assert companion == companions[0]  # a set of two has no interior
 
 
+@pytest.mark.parametrize(
+    ("ratios", "ends", "inner"),
+    [
+        ((0.0, 0.3, 0.5, 1.0), (0, 3), {1, 2}),
+        ((0.2, 0.5, 0.8), (0, 2), {0, 1, 2}),  # no endpoints: those with most of the class stand in
+        ((0.0, 0.5, 0.8), (0, 2), {1, 2}),
+        ((0.5, 1.0), (0, 1), {0}),
+        ((0.4,), (0, 0), {0}),
+    ],
+)
+def test_endpoints_and_interior_are_told_by_the_ratio(ratios: tuple[float, ...], ends: tuple[int, int], inner: set[int]) -> None:
+    mixed = mixed_set(ratios=ratios, pairs=((0, 1), (1, 2), (2, 3)))
+    assert mixed.ratios.tolist() == pytest.approx(ratios)
+    labels = torch.arange(CLASSES).repeat(50)
+    own, other = Schedule("pair", 2, mixed, CLASSES).draw(labels, draw()).view(2, -1).tolist()
+    for row, label in zip(own, labels.tolist(), strict=True):
+        class_a, _, _, step = identity(mixed, row)
+        assert step == ends[label == class_a]
+    assert {identity(mixed, row)[3] for row in other} == inner
+    interior = Schedule("interior", 2, mixed, CLASSES).draw(labels, draw()).tolist()
+    assert {identity(mixed, row)[3] for row in interior} == inner
+
+
+def test_a_list_of_endpoints_has_no_interior() -> None:
+    with pytest.raises(InputError, match="a list with one between 0 and 1"):
+        Schedule("interior", 2, mixed_set(ratios=(0.0, 1.0)), CLASSES).draw(torch.tensor([0]), draw())
+
+
+@pytest.mark.parametrize("rule", ["pair", "interior"])
+def test_with_both_endpoints_the_draws_are_those_of_the_first_version(rule: str) -> None:
+    mixed, labels = mixed_set(ratios=5), torch.arange(CLASSES).repeat(20)
+    drawn = Schedule(rule, 3, mixed, CLASSES).draw(labels, draw(9))
+    again = draw(9)
+    if rule == "interior":
+        rows = mixed.rows[:, 1:-1].flatten()
+        assert torch.equal(drawn, rows[torch.randint(0, len(rows), (3 * len(labels),), generator=again)])
+    else:
+        torch.rand(len(labels), generator=again)
+        steps = torch.randint(1, 4, (2, len(labels)), generator=again)
+        assert [identity(mixed, row)[3] for row in drawn.view(3, -1)[1:].flatten().tolist()] == steps.flatten().tolist()
+
+
 def test_pair_draws_every_set_of_the_class_and_every_interior_ratio_alike() -> None:
     mixed = mixed_set(ratios=5)
     rows = Schedule("pair", 2, mixed, CLASSES).draw(torch.full((9000,), 2), draw())

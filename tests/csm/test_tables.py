@@ -30,6 +30,28 @@ def annotation_frame(cells: list[list[float] | None]) -> pl.DataFrame:
     )
 
 
+def test_pieces_make_the_table_that_they_are_of(tmp_path: Path) -> None:
+    frame = real_frame(7).drop("split")
+    schema = {name: dtype for name, dtype in tables.REAL.items() if name != "split"}
+    with tables.in_pieces(tmp_path / "whole.parquet", schema) as write:
+        for start in (0, 3, 6):
+            write(frame.slice(start, 3))
+            assert not (tmp_path / "whole.parquet").exists()
+    assert tables.read(tmp_path / "whole.parquet", schema).equals(frame)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.parquet"]
+
+
+def test_a_piece_of_another_schema_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    def write_both() -> None:
+        with tables.in_pieces(tmp_path / "whole.parquet", tables.MIXED) as write:
+            write(pl.DataFrame({"mix_id": ["a"], "image": [b"x"]}))
+            write(pl.DataFrame({"mix_id": ["a"], "image": ["x"]}))
+
+    with pytest.raises(InputError, match="column 'image' should be Binary, got String"):
+        write_both()
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("column", "dtype"),
     [

@@ -16,6 +16,7 @@ from csm.training import Method, MixedTerm, OptimizerConfig, fit, predict
 Split = tuple[torch.Tensor, torch.Tensor]
 Separable = Callable[..., Split]
 
+RATIOS = torch.tensor([0.0, 1 / 3, 2 / 3, 1.0])
 OPTIMIZER = OptimizerConfig(epochs=4, batch_size=8, learning_rate=0.05, shift=1)
 MIXED_TERM = MixedTerm(annotator="teacher", loss="kl", weight=2.0)
 METHODS = {
@@ -46,11 +47,11 @@ def mixed(separable: Separable) -> MixedSet:
     pictures, soft = [], []
     for number, (a, b) in enumerate(pairs):
         first, second = (images[labels == label][number // 3].float() for label in (a, b))
-        for lam in (0.0, 1 / 3, 2 / 3, 1.0):
+        for lam in RATIOS.tolist():
             pictures.append((lam * first + (1 - lam) * second).to(torch.uint8))
             soft.append(lam * F.one_hot(torch.tensor(a), 3) + (1 - lam) * F.one_hot(torch.tensor(b), 3))
     class_a, class_b = torch.tensor(pairs).unbind(dim=1)
-    return MixedSet(torch.stack(pictures), torch.stack(soft), torch.arange(24).view(6, 4), class_a, class_b)
+    return MixedSet(torch.stack(pictures), torch.stack(soft), torch.arange(24).view(6, 4), class_a, class_b, RATIOS)
 
 
 def classifier(seed: int = 0) -> Classifier:
@@ -134,6 +135,7 @@ def test_the_loss_of_a_step_is_cross_entropy_plus_the_weighted_mixed_term(real: 
         torch.arange(12).view(3, 4),
         torch.tensor([0, 0, 1]),
         torch.tensor([1, 2, 2]),
+        RATIOS,
     )
     history: list[dict[str, float]] = []
     method = Method(mixed=MixedTerm("teacher", loss="l2", weight=3.0, per_real=2))

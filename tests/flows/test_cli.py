@@ -87,7 +87,7 @@ def test_help_imports_nothing_heavy(processes):
         (("run", "--config", "nope"), "csm: --config nope: unknown configuration; give a .yaml file or one of "),
         (
             ("mix", "--set", "plan.nope=1"),
-            "csm: plan.nope: no such setting; allowed: pairs, ratios, sets_per_pair, shard_rows, seed",
+            "csm: plan.nope: no such setting; allowed: pairs, pairs_per_class, ratios, grid, alpha, sets_per_pair, shard_rows, seed",
         ),
     ],
 )
@@ -191,6 +191,41 @@ def test_a_good_image_folder_is_read(call, folder, tmp_path):
     assert list(json.loads(out.splitlines()[-1])["stages"]) == ["prepare"]
     assert json.loads((tmp_path / "w" / "dataset.json").read_text())["class_names"] == ["cat", "dog"]
     assert (tmp_path / "w" / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("plan.pairs=[[cat, cow]]",), "plan.pairs: no class is named 'cow'; the classes are cat, dog"),
+        (("plan.pairs=[[cat, cat]]",), "plan.pairs: ['cat', 'cat'] is not a pair of two different classes of 0..1"),
+        (
+            ("plan.pairs=confusion", "plan.pairs_per_class=2"),
+            "plan.pairs_per_class: expected 1 to 1 for 2 classes, got 2",
+        ),
+    ],
+)
+def test_pairs_that_the_data_does_not_have(call, refused, folder, verb, overrides, message):
+    options = (*use(folder(cat=8, dog=8)), "--workspace", "w")
+    assert call("prepare", *options)[0] == 0
+    settings = [word for override in overrides for word in ("--set", override)]
+    said = refused(verb, *options, *settings)
+    # `run` says so before the generator is trained, and `plan` what it lacks before it fits annotators
+    assert said.startswith("plan needs fit-generator, which was not run" if verb == "plan" else message)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mix.operator=mean", "mix.operator: unknown 'mean'; one of embedding, slerp, score"),
+        ("plan.ratios=[0.5, 0.2]", "plan.ratios: expected 1 to 255 different ratios that rise, got [0.5, 0.2]"),
+        ("plan.grid=even", "plan.grid: expected 'uniform', 'cosine' or 'beta', got 'even'"),
+        ("plan.pairs=some", "plan.pairs: expected 'all', 'confusion' or 'prototypes' or a list, got 'some'"),
+    ],
+)
+def test_settings_of_plan_and_operator(refused, override, message, tmp_path):
+    assert refused("mix", "--set", override) == message
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("workspace", ["file", "file/w", "file/a/b"])

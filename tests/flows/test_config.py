@@ -83,7 +83,7 @@ def test_an_empty_file_is_the_defaults_under_its_name(text, config_file):
             "generator.nope=1",
             "path, kind, classes, guidance, prompt, block_channels, layers_per_block, attention_levels, dropout,",
         ),
-        ("plan.nope=1", "pairs, ratios, sets_per_pair, shard_rows, seed"),
+        ("plan.nope=1", "pairs, pairs_per_class, ratios, grid, alpha, sets_per_pair, shard_rows, seed"),
         ("mix.sampler.nope=1", "solver, spacing, steps, sigma_min, sigma_max, rho"),
         ("train.nope=1", "methods, compare, seeds, network, parameters, optimizer"),
         ("train.optimizer.nope=1", "epochs, batch_size, learning_rate,"),
@@ -120,8 +120,12 @@ def test_an_unknown_key_is_refused_with_those_that_are_allowed(override, allowed
         ("train.parameters.width=wide", "train.parameters.width: expected a whole number"),
         ("train.methods.focal.parameters.gamma=x", "train.methods.focal.parameters.gamma: expected a number"),
         ("name=3", "name: expected text, got 3"),
-        ("plan.pairs=some", "plan.pairs: expected 'all' or a list, got 'some'"),
-        ("plan.pairs=[[0, a]]", "plan.pairs: expected 'all' or a whole number"),
+        ("plan.pairs=some", "plan.pairs: expected 'all', 'confusion' or 'prototypes' or a list, got 'some'"),
+        ("plan.pairs=[[0, 1.5]]", "plan.pairs: expected 'all', 'confusion' or 'prototypes' or a whole number"),
+        ("plan.pairs=[[0, 1, 2]]", "plan.pairs: expected 'all', 'confusion' or 'prototypes' or "),
+        ("plan.ratios=many", "plan.ratios: expected a whole number or a list, got 'many'"),
+        ("plan.ratios=[0, half]", "plan.ratios: expected a whole number or a number, got [0, 'half']"),
+        ("plan.grid=even", "plan.grid: expected 'uniform', 'cosine' or 'beta', got 'even'"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(override, message):
@@ -136,6 +140,8 @@ def test_a_value_of_the_wrong_type_is_refused(override, message):
         "plan.ratios=1",
         "plan.ratios=256",
         "plan.sets_per_pair=0",
+        "plan.pairs_per_class=0",
+        "plan.alpha=0",
         "mix.batch_size=0",
         "mix.sampler.sigma_min=0",
         "mix.sampler.sigma_min=80",  # sigma_max
@@ -163,6 +169,7 @@ def test_a_value_out_of_range_is_refused(override):
     ("override", "message"),
     [
         ("data.source=mnist", "data.source: unknown 'mnist'; one of digits, digits-hard, image-folder"),
+        ("mix.operator=mean", "mix.operator: unknown 'mean'; one of embedding, slerp, score"),
         ("train.network=resnet", "train.network: unknown 'resnet'; one of small-cnn"),
         ("train.compare=[csm, nope]", "train.compare: unknown 'nope'; one of cross-entropy, label-smoothing,"),
         ("annotate.annotators=[nope]", "annotate.annotators: unknown 'nope'; one of projection, teacher"),
@@ -181,6 +188,36 @@ def test_a_value_out_of_range_is_refused(override):
 )
 def test_an_unknown_name_of_a_registry_is_refused_before_anything_runs(override, message):
     assert refused("demo", override).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("plan.ratios=[0, 1.5]",), "plan.ratios: expected a whole number or a number less than or equal to 1, got [0, 1.5]"),
+        (("plan.ratios=[]",), "plan.ratios: expected 1 to 255 different ratios that rise, got []"),
+        (("plan.ratios=[0, 0.5, 0.3]",), "plan.ratios: expected 1 to 255 different ratios that rise, got [0.0, 0.5, 0.3]"),
+        (("plan.ratios=[0.5, 0.5]",), "plan.ratios: expected 1 to 255 different ratios that rise, got [0.5, 0.5]"),
+        (
+            ("plan.ratios=[0, 1]", "plan.grid=cosine"),
+            "plan.grid: plan.ratios is a list, which leaves nothing to space: expected 'uniform', got 'cosine'",
+        ),
+        (
+            ("plan.ratios=9", "plan.grid=beta", "plan.alpha=0.01"),
+            "plan.alpha: 9 quantiles of Beta(0.01, 0.01) are not different numbers; bring alpha nearer to 1 or take fewer plan.ratios",
+        ),
+    ],
+)
+def test_ratios_that_make_no_grid_are_refused(overrides, message):
+    assert refused("demo", *overrides) == message
+
+
+def test_ratios_are_a_number_or_a_list():
+    assert load_config("demo", ["plan.ratios=5"]).plan.ratios == 5
+    assert load_config("demo", ["plan.ratios=[0, 0.3, 1]"]).plan.ratios == (0.0, 0.3, 1.0)
+
+
+def test_pairs_are_indices_or_names():
+    assert load_config("demo", ["plan.pairs=[[0, 1], [cat, '3']]"]).plan.pairs == ((0, 1), ("cat", "3"))
 
 
 def test_a_method_that_is_not_compared_may_lack_its_annotator():
@@ -277,6 +314,8 @@ def test_the_same_source_keeps_its_parameters(config_file):
         ("train.methods.new={mixup: 0.5}", "train.compare=[new, csm]"),
         ("plan.pairs=[[0, 1]]", "generator.learning_rate=1e-5", "description='a: \"b\" é\n#'"),
         ("data.source=digits", "data.val=1e-1"),
+        ("plan.pairs=[[0, '1'], [2, cat]]", "plan.ratios=[0, 0.3]", "mix.operator=score"),
+        ("plan.pairs=prototypes", "plan.grid=beta"),
     ],
 )
 def test_the_resolved_configuration_loads_to_an_equal_one(name, overrides, config_file):

@@ -67,6 +67,7 @@ class EDMGenerator(nn.Module):
     mixture of conditions is a mixture of class embeddings.
     """
 
+    spherical = False
     classes: torch.Tensor
 
     def __init__(self, spec: EDMSpec) -> None:

@@ -11,7 +11,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 
 from csm.errors import InputError
 from csm.generators import load_generator
-from csm.generators.conditioning import mix_embeddings
+from csm.generators.conditioning import OPERATORS, mix_embeddings
 from csm.generators.dit import DiTGenerator, import_dit
 from csm.generators.importing import ImportOptions
 
@@ -183,3 +183,17 @@ def test_a_missing_file_is_named(source: Path, tmp_path: Path, missing: str) -> 
     (source / missing).unlink()
     with pytest.raises(InputError, match=f"{missing} does not exist"):
         import_dit(source, tmp_path / "imported", ImportOptions(NAMES, CLASSES))
+
+
+def test_score_mixes_the_guided_denoisers_and_slerp_is_refused(generators: dict[float, DiTGenerator]) -> None:
+    generator, x, sigma = generators[3.5], batch(), torch.full((3,), 0.7)
+    a, b, lam = LABELS, LABELS.roll(1), torch.tensor([0.0, 0.3, 1.0])
+    under_a, under_b = (generator.denoise(x, sigma, generator.embed(labels)) for labels in (a, b))
+    share = lam.view(-1, 1, 1, 1)
+    mixed = OPERATORS["score"](generator, a, b, lam)(x, sigma)
+    assert torch.allclose(mixed, share * under_a + (1 - share) * under_b, atol=1e-5)
+    linear = OPERATORS["embedding"](generator, a, b, lam)(x, sigma)
+    assert not torch.allclose(mixed[1], linear[1], atol=1e-4)
+    assert torch.allclose(mixed[[0, 2]], linear[[0, 2]], atol=1e-5)
+    with pytest.raises(InputError, match=r"mix.operator: slerp needs a generator whose condition is an embedding"):
+        OPERATORS["slerp"](generator, a, b, lam)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from csm import storage
 from csm.errors import InputError
 from csm.generators import load_generator
-from csm.generators.conditioning import mix_embeddings
+from csm.generators.conditioning import OPERATORS, mix_embeddings, slerp_embeddings
 from csm.generators.importing import ImportOptions
 from csm.generators.stable_diffusion import StableDiffusionGenerator, encode_prompts, import_stable_diffusion
 
@@ -256,3 +256,17 @@ def test_prompts_of_another_import_are_named(source: Path, tmp_path: Path) -> No
     (tmp_path / "imported" / "prompts.safetensors").unlink()
     with pytest.raises(InputError, match=r"prompts.safetensors does not exist"):
         load_generator(tmp_path / "imported")
+
+
+def test_every_operator_mixes_prompts_under_guidance(generators: dict[float, StableDiffusionGenerator]) -> None:
+    generator, x, sigma = generators[7.5], batch(), torch.full((3,), 0.7)
+    a, b, lam = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0]), torch.tensor([0.0, 0.4, 1.0])
+    prompts = generator.embed(a), generator.embed(b)
+    mixed = {name: operator(generator, a, b, lam)(x, sigma) for name, operator in OPERATORS.items()}
+    under_a, under_b = (generator.denoise(x, sigma, condition) for condition in prompts)
+    assert torch.allclose(mixed["embedding"], generator.denoise(x, sigma, mix_embeddings(*prompts, lam)), atol=1e-5)
+    assert torch.allclose(mixed["slerp"], generator.denoise(x, sigma, slerp_embeddings(*prompts, lam)), atol=1e-5)
+    share = lam.view(-1, 1, 1, 1)
+    assert torch.allclose(mixed["score"], share * under_a + (1 - share) * under_b, atol=1e-5)
+    for name in OPERATORS:
+        assert torch.allclose(mixed[name][[0, 2]], torch.stack([under_b[0], under_a[2]]), atol=1e-5)
