@@ -66,11 +66,18 @@ def _load_stable_diffusion(directory: Path) -> Generator:
     return load_stable_diffusion(directory)
 
 
+def _load_gaussians(directory: Path) -> Generator:
+    from csm.generators.gaussians import load_gaussians
+
+    return load_gaussians(directory)
+
+
 GENERATORS: dict[str, Callable[[Path], Generator]] = {
     "unet": _load_unet,
     "diffusers-unet": _load_diffusers_unet,
     "dit": _load_dit,
     "stable-diffusion": _load_stable_diffusion,
+    "gaussians": _load_gaussians,
 }
 
 
