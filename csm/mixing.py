@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from csm import tables
 from csm.generators import Generator
 from csm.generators.conditioning import mix_embeddings
-from csm.noise import initial_noise
+from csm.noise import fresh_noise, initial_noise
 from csm.sampling import SamplerConfig, solve
 
 
@@ -67,7 +67,11 @@ def _denoise(
     noise = initial_noise(seeds, generator.noise_shape).to(generator.device)
     low, high = generator.sigma_range
     inside = replace(sampler, sigma_min=max(low, sampler.sigma_min), sigma_max=min(high, sampler.sigma_max))
-    images = generator.decode(solve(lambda x, sigma: generator.denoise(x, sigma, condition), noise, inside))
+
+    def fresh(step: int) -> torch.Tensor:
+        return fresh_noise(seeds, generator.noise_shape, step).to(generator.device)
+
+    images = generator.decode(solve(lambda x, sigma: generator.denoise(x, sigma, condition), noise, inside, fresh))
     if not images.isfinite().all():
         raise FloatingPointError("mixing: the generator gave pixels that are not finite: fit it again or import another one")
     return to_uint8(fit_to(images, shape))

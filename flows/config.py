@@ -217,6 +217,8 @@ def _check_names(config: Config) -> Config:
     sampler = config.mix.sampler
     if sampler.sigma_min >= sampler.sigma_max:
         raise InputError(f"mix.sampler.sigma_min: expected less than sigma_max {sampler.sigma_max:g}, got {sampler.sigma_min:g}")
+    if sampler.churn > 0 and sampler.solver != "heun":
+        raise InputError(f"mix.sampler.churn: only solver heun adds noise, not {sampler.solver}; choose heun, or churn 0")
     for annotator in config.annotate.annotators:
         _known("annotate.annotators", annotator, ANNOTATORS)
     for name in config.train.compare:

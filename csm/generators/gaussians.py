@@ -138,7 +138,7 @@ class GaussianGenerator(nn.Module):
         offsets = x.double().flatten(1) - self.means[:, None]  # (K, N, D)
         whitened = torch.linalg.solve_triangular(factors, offsets.mT, upper=False)  # (K, D, N)
         log_determinants = factors.diagonal(dim1=1, dim2=2).log().sum(dim=1)  # of the factors: half those of the covariances
-        joint = self.priors.log() - log_determinants - whitened.square().sum(dim=1).mT / 2
+        joint: torch.Tensor = self.priors.log() - log_determinants - whitened.square().sum(dim=1).mT / 2
         return joint - joint.logsumexp(dim=1, keepdim=True)
 
     def save(self, directory: Path) -> None:

@@ -84,7 +84,6 @@ def overhead(seconds: float = 60.0) -> dict[str, Any]:
         }
 
 
-
 def _make_generator(directory: Path) -> None:
     from csm.generators.unet import UNetGenerator, UNetSpec
 
