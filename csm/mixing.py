@@ -1,7 +1,6 @@
 """Plan rows in, mixed images out."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import polars as pl
 import torch
@@ -11,7 +10,7 @@ from csm import tables
 from csm.generators import Generator
 from csm.generators.conditioning import mix_embeddings
 from csm.noise import fresh_noise, initial_noise
-from csm.sampling import SamplerConfig, solve
+from csm.sampling import SamplerConfig, solve, within
 
 
 def mix(
@@ -65,8 +64,7 @@ def _denoise(
 ) -> torch.Tensor:
     """uint8 (N, C, H, W) from the noise of ``seeds`` under ``condition`` (N, E)."""
     noise = initial_noise(seeds, generator.noise_shape).to(generator.device)
-    low, high = generator.sigma_range
-    inside = replace(sampler, sigma_min=max(low, sampler.sigma_min), sigma_max=min(high, sampler.sigma_max))
+    inside = within(sampler, generator.sigma_range)
 
     def fresh(step: int) -> torch.Tensor:
         return fresh_noise(seeds, generator.noise_shape, step).to(generator.device)

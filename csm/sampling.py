@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Literal
@@ -66,6 +67,12 @@ def solve(denoise: Denoiser, noise: torch.Tensor, config: SamplerConfig, fresh: 
     if config.solver != "heun" or fresh is None:
         raise ValueError(f"churn {config.churn:g} needs solver 'heun' and fresh noise, got {config.solver!r} and fresh={fresh}")
     return heun(denoise, noise, sigmas, partial(churned, config=config, fresh=fresh))
+
+
+def within(config: SamplerConfig, sigma_range: tuple[float, float]) -> SamplerConfig:
+    """``config`` with its noise levels kept inside ``sigma_range``, those that a generator was trained on."""
+    low, high = sigma_range
+    return replace(config, sigma_min=max(low, config.sigma_min), sigma_max=min(high, config.sigma_max))
 
 
 def evaluations(config: SamplerConfig) -> int:

@@ -166,6 +166,23 @@ def overhead(seconds: float, as_json: bool, debug: bool) -> None:
     _show_result(measure(seconds), as_json)
 
 
+@bench.command(help="Network evaluations that each solver needs to come as close to the exact solution as the paper's Heun-20.")
+@click.option("--workspace", type=click.Path(path_type=Path), help="Use its generator; else a small one is trained first.")
+@click.option("--rows", type=click.IntRange(min=1), default=120, show_default=True, help="Images to mix with each setting.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def solvers(workspace: Path | None, rows: int, as_json: bool, debug: bool) -> None:
+    from flows.bench.solvers import solvers as measure
+    from flows.bench.solvers import summary, table
+
+    result = measure(workspace, rows)
+    _print_table(table(result))
+    for line in summary(result):
+        click.echo(line)
+    if as_json:
+        click.echo(json.dumps(result))
+
+
 def _show_result(result: dict[str, Any], as_json: bool) -> None:
     for key, value in result.items():
         click.echo(f"{key:<24}{value}")
