@@ -148,7 +148,7 @@ class GaussianGenerator(nn.Module):
 
     def _basis(self, condition: torch.Tensor) -> Basis:
         """Eigenbasis of the rows of ``condition`` (N, K), each distinct one decomposed once; a solver asks for the same again."""
-        if self._last is None or not torch.equal(self._last[0], condition):
+        if self._last is None or self._last[0].device != condition.device or not torch.equal(self._last[0], condition):
             weights, number = condition.unique(dim=0, return_inverse=True)
             weights = weights.double()
             values, vectors = torch.linalg.eigh(torch.einsum("uk,kde->ude", weights, self.covariances))
