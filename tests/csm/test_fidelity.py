@@ -75,6 +75,12 @@ def test_a_series_ends_where_every_generator_is_as_close(generator: GaussianGene
             assert result.excess == pytest.approx(max(found[0] / target[0], found[1] / target[1]))
 
 
+def test_the_target_is_measured_once_and_counts_as_close(generator: GaussianGenerator) -> None:
+    results = compare_solvers({"all": mixer(PLAN, generator), "few": mixer(PLAN.head(4), generator)}, [TARGET], (3, 39, 60))
+    assert [result.sampler.steps for result in results] == [20, 20, 2, 2]
+    assert fewest(results) == results[:2]
+
+
 def test_heun_takes_no_more_than_it_may(generator: GaussianGenerator) -> None:
     results = compare_solvers({"all": mixer(PLAN, generator)}, [TARGET], (3, 4, 5))
     assert [result.evaluations for result in results] == [39, 3, 5]

@@ -47,7 +47,12 @@ def test_every_solver_and_spacing_is_compared(workspace, monkeypatch, capsys):
     winner = SamplerConfig(**result["winner"])
     text = "\n".join(out[:-1])
     assert f"fewest on all: {winner.solver}, {winner.spacing}" in text
-    assert "karras, rho 7, 80 to 0.002" in text
+    lines = [line.split() for line in text.splitlines()]
+    row = next(line for line in lines if line[:2] == ["euler", "karras,"] and "gaussians" in line)
+    found = [line for line in result["measured"] if (line["generator"], line["sampler"]["solver"]) == ("gaussians", "euler")]
+    at_39 = next(line for line in found if line["sampler"]["rho"] == 5 and line["evaluations"] == 39)
+    assert row[:7] == ["euler", "karras,", "rho", "5,", "80", "to", "0.002"]
+    assert row[-1].rstrip("*") == f"{at_39['rms']:.2f}"
 
 
 def test_a_workspace_without_a_generator_is_named(tmp_path, monkeypatch, capsys):
