@@ -24,6 +24,10 @@ Renoise = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.
 class SamplerConfig:
     """How the ODE is solved.
 
+    The defaults were chosen by ``csm bench solvers``: this solver and these noise levels come as close to the exact solution as the
+    paper's 39 evaluations (Heun, 20 steps, "karras" from 80 to 0.002) with the fewest: 11 on a UNet of ``digits-hard``, 10 on Gaussians
+    of ``digits``, and 13 on a UNet of ``digits``, measured in the same way.
+
     Attributes:
         solver: see ``SOLVERS``. "heun" costs 2 * steps - 1 network evaluations (paper: 20 steps), every other one ``steps``.
         spacing: of the noise levels, see ``SPACINGS``.
@@ -34,10 +38,10 @@ class SamplerConfig:
             Alg. 2), for "heun" only. Churn 0 adds no noise.
     """
 
-    solver: Literal["heun", "euler", "dpmpp-2m", "multistep-3", "abm-3"] = "heun"
-    spacing: Literal["karras", "exponential", "vp", "ve"] = "karras"
-    steps: int = Field(default=20, ge=1)
-    sigma_min: float = Field(default=0.002, gt=0)
+    solver: Literal["heun", "euler", "dpmpp-2m", "multistep-3", "abm-3"] = "abm-3"
+    spacing: Literal["karras", "exponential", "vp", "ve"] = "exponential"
+    steps: int = Field(default=13, ge=1)
+    sigma_min: float = Field(default=0.02, gt=0)
     sigma_max: float = Field(default=80.0, gt=0)
     rho: float = Field(default=7.0, gt=0)
     churn: float = Field(default=0.0, ge=0)

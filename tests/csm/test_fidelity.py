@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from csm.datasets.digits import digits
 from csm.fidelity import REFERENCE, TARGET, Fidelity, compare_solvers, distance, fewest, mixer
 from csm.generators.conditioning import mix_embeddings
-from csm.generators.gaussians import GaussianGenerator, GaussiansSpec
+from csm.generators.gaussians import GaussianGenerator, GaussiansSpec, fit_gaussians
 from csm.mixing import mix
 from csm.noise import initial_noise
 from csm.planning import PlanConfig, make_plan
@@ -73,6 +74,17 @@ def test_a_series_ends_where_every_generator_is_as_close(generator: GaussianGene
             found = distance(mixers["few"](result.sampler), reference)
             assert (result.rms, result.mean_abs) == pytest.approx(found)
             assert result.excess == pytest.approx(max(found[0] / target[0], found[1] / target[1]))
+
+
+def test_the_default_is_as_close_as_the_paper_with_a_third_of_the_evaluations() -> None:
+    data = digits()
+    mixed = mixer(
+        make_plan(10, "data", "net", PlanConfig(sets_per_pair=1)).sample(64, seed=1), fit_gaussians(*data.split("train"), 10)
+    )
+    results = compare_solvers({"digits": mixed}, [SamplerConfig()], (SamplerConfig().steps,))
+    assert results[1].sampler == SamplerConfig()
+    assert results[1].excess < 0.5
+    assert results[1].evaluations <= results[0].evaluations / 3
 
 
 def test_the_target_is_measured_once_and_counts_as_close(generator: GaussianGenerator) -> None:

@@ -142,7 +142,7 @@ def test_evaluations_are_counted_as_they_are_made(solver: Any, steps: int) -> No
 
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_every_solver_ends_where_the_flow_ends(solver: Any) -> None:
-    images = solve(gaussian, noise(), SamplerConfig(solver=solver, steps=400, sigma_max=20.0))
+    images = solve(gaussian, noise(), SamplerConfig(solver=solver, spacing="karras", steps=400, sigma_min=0.002, sigma_max=20.0))
     assert torch.allclose(images.double(), flow(noise() * 20.0, 20.0), atol=0.03 if solver == "euler" else 1e-3)
 
 
@@ -193,7 +193,17 @@ def test_the_levels_are_those_of_the_spacing(spacing: Any) -> None:
     assert torch.equal(noise_levels(config), SPACINGS[spacing](7, 0.03, 9.0, **extra))
 
 
-CHURNED = SamplerConfig(steps=6, sigma_min=0.05, sigma_max=20.0, churn=1.5, churn_min=0.1, churn_max=15.0, churn_noise=1.1)
+CHURNED = SamplerConfig(
+    solver="heun",
+    spacing="karras",
+    steps=6,
+    sigma_min=0.05,
+    sigma_max=20.0,
+    churn=1.5,
+    churn_min=0.1,
+    churn_max=15.0,
+    churn_noise=1.1,
+)
 
 
 def fresh(step: int) -> torch.Tensor:
@@ -236,7 +246,7 @@ def test_churned_images_have_the_distribution_of_the_data() -> None:
     rows = 4000
     start = torch.randn((rows, 1, 2, 2), generator=torch.Generator().manual_seed(1))
     drawn = torch.Generator().manual_seed(2)
-    config = SamplerConfig(steps=60, sigma_max=20.0, churn=15.0)
+    config = SamplerConfig(solver="heun", spacing="karras", steps=60, sigma_min=0.002, sigma_max=20.0, churn=15.0)
     images = solve(gaussian, start, config, lambda step: torch.randn(start.shape, generator=drawn)).double()
     count = images.numel()
     assert images.mean().item() == pytest.approx(MU, abs=4.5 * SPREAD / math.sqrt(count))

@@ -132,7 +132,7 @@ def test_the_flow_goes_by_way_of_any_level_and_back() -> None:
 def test_a_solver_ends_where_the_flow_ends() -> None:
     model = generator()
     condition = mix_embeddings(model.embed(torch.tensor([0, 1])), model.embed(torch.tensor([1, 2])), torch.tensor([0.3, 0.6]))
-    config = SamplerConfig(steps=300, sigma_min=1e-4)
+    config = SamplerConfig(solver="heun", steps=300, sigma_min=1e-4)
     images = solve(lambda x, sigma: model.denoise(x, sigma, condition), batch(2), config)
     exact = model.flow(80.0 * batch(2), 80.0, 0.0, condition)
     assert torch.allclose(images.double(), exact, atol=1e-3)
