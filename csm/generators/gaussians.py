@@ -55,6 +55,7 @@ class GaussianGenerator(nn.Module):
     """
 
     network: nn.Module | None = None
+    spherical = False  # weights of classes lie on no sphere
     means: torch.Tensor
     covariances: torch.Tensor
     priors: torch.Tensor
