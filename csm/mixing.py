@@ -1,7 +1,6 @@
 """Plan rows in, mixed images out."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import polars as pl
 import torch
@@ -10,8 +9,8 @@ import torch.nn.functional as F
 from csm import sampling, tables
 from csm.generators import Generator
 from csm.generators.conditioning import OPERATORS, denoiser, evaluations
-from csm.noise import initial_noise
-from csm.sampling import Denoiser, SamplerConfig, solve
+from csm.noise import fresh_noise, initial_noise
+from csm.sampling import Denoiser, SamplerConfig, solve, within
 
 
 def mix(
@@ -73,9 +72,12 @@ def _denoise(
 ) -> torch.Tensor:
     """uint8 (N, C, H, W) from the noise of ``seeds`` (N,) by ``denoise``."""
     noise = initial_noise(seeds, generator.noise_shape).to(generator.device)
-    low, high = generator.sigma_range
-    inside = replace(sampler, sigma_min=max(low, sampler.sigma_min), sigma_max=min(high, sampler.sigma_max))
-    images = generator.decode(solve(denoise, noise, inside))
+    inside = within(sampler, generator.sigma_range)
+
+    def fresh(step: int) -> torch.Tensor:
+        return fresh_noise(seeds, generator.noise_shape, step).to(generator.device)
+
+    images = generator.decode(solve(denoise, noise, inside, fresh))
     if not images.isfinite().all():
         raise FloatingPointError("mixing: the generator gave pixels that are not finite: fit it again or import another one")
     return to_uint8(fit_to(images, shape))

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 
 _MASK = 2**63 - 1
+_FRESH = 1  # the key of noise added on the way
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -20,6 +21,14 @@ def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Te
     """
     unique = {seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in dict.fromkeys(seeds)}
     return torch.stack([unique[seed] for seed in seeds])
+
+
+def fresh_noise(seeds: Sequence[int], shape: tuple[int, int, int], step: int) -> torch.Tensor:
+    """More standard normal noise float32 (N, C, H, W) for ``step`` >= 0 of a stochastic solver, row i a function of seeds[i] and step.
+
+    Rows with equal seeds are equal, as in ``initial_noise``, and independent of it.
+    """
+    return initial_noise(mix_seeds(_FRESH, seeds, np.full(len(seeds), step)).tolist(), shape)
 
 
 def mix_seeds(key: int, *columns: npt.ArrayLike) -> npt.NDArray[np.int64]:

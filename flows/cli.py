@@ -227,12 +227,42 @@ def overhead(seconds: float, as_json: bool, debug: bool) -> None:
 
 @bench.command(help="Writing a plan of millions of rows on one core, and reading one shard of it.")
 @click.option("--rows", type=click.IntRange(min=1), default=10_000_000, show_default=True, help="Images in the plan, at least.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@_with(OUTPUT_OPTIONS)
 def plan(rows: int, as_json: bool, debug: bool) -> None:
     from flows.bench.plan import plan as measure
 
     _show_result(measure(rows), as_json)
+
+
+@bench.command(help="Network evaluations that each solver needs to come as close to the exact solution as the paper's Heun-20.")
+@click.option("--workspace", type=click.Path(path_type=Path), help="Use its generator; else a small one is trained first.")
+@click.option("--rows", type=click.IntRange(min=1), default=120, show_default=True, help="Images to mix with each setting.")
+@_with(OUTPUT_OPTIONS)
+def solvers(workspace: Path | None, rows: int, as_json: bool, debug: bool) -> None:
+    from flows.bench.solvers import solvers as measure
+    from flows.bench.solvers import summary, table
+
+    result = measure(workspace, rows)
+    _print_table(table(result))
+    for line in summary(result):
+        click.echo(line)
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+@bench.command(
+    help="Mixing with EDM's CIFAR-10 network against the original's way of working: images per second, and what bounds them."
+)
+@click.option(
+    "--workspace", type=click.Path(path_type=Path), help="Measure rounding on its generator; else a small one is trained."
+)
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Length of the baseline, about.")
+@click.option("--compile", "compiled", is_flag=True, help="With torch.compile.")
+@_with(OUTPUT_OPTIONS)
+def mix(workspace: Path | None, seconds: float, compiled: bool, as_json: bool, debug: bool) -> None:
+    from flows.bench.mix import mixing_speed
+
+    _show_result(mixing_speed(workspace, seconds, compiled), as_json)
 
 
 def _show_result(result: dict[str, Any], as_json: bool) -> None:

@@ -221,6 +221,8 @@ def _check_names(config: Config) -> Config:
         raise InputError(f"mix.sampler.sigma_min: expected less than sigma_max {sampler.sigma_max:g}, got {sampler.sigma_min:g}")
     _known("mix.operator", config.mix.operator, OPERATORS)
     ratio_grid(config.plan)
+    if sampler.churn > 0 and sampler.solver != "heun":
+        raise InputError(f"mix.sampler.churn: only solver heun adds noise, not {sampler.solver}; choose heun, or churn 0")
     for annotator in config.annotate.annotators:
         _known("annotate.annotators", annotator, ANNOTATORS)
     for name in config.train.compare:

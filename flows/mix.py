@@ -91,7 +91,7 @@ def _outputs(workspace: Workspace, config: Config) -> list[Path]:
 
 STAGE = Stage(
     name="mix",
-    code_version=1,
+    code_version=2,
     inputs=("prepare", "generator", "plan"),
     settings=lambda config: {"mix": asdict(config.mix)},
     outputs=_outputs,

@@ -85,12 +85,19 @@ def _load_edm(directory: Path) -> Generator:
     return load_edm(directory)
 
 
+def _load_gaussians(directory: Path) -> Generator:
+    from csm.generators.gaussians import load_gaussians
+
+    return load_gaussians(directory)
+
+
 GENERATORS: dict[str, Callable[[Path], Generator]] = {
     "unet": _load_unet,
     "diffusers-unet": _load_diffusers_unet,
     "dit": _load_dit,
     "stable-diffusion": _load_stable_diffusion,
     "edm": _load_edm,
+    "gaussians": _load_gaussians,
 }
 
 

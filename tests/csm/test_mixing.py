@@ -1,4 +1,4 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import polars as pl
 import pytest
@@ -142,6 +142,16 @@ def test_neighbours_in_the_batch_do_not_matter(network: UNetGenerator) -> None:
 
 def test_the_same_rows_give_the_same_bits(network: UNetGenerator) -> None:
     assert mix(plan(), network, SHAPE, SAMPLER).equals(mix(plan(), network, SHAPE, SAMPLER))
+
+
+def test_added_noise_belongs_to_the_row_too(network: UNetGenerator) -> None:
+    rows, churned = plan(), replace(SAMPLER, solver="heun", churn=4.0)
+    together = images_of(mix(rows, network, SHAPE, churned, batch_size=18)).float()
+    other = images_of(mix(rows.reverse(), network, SHAPE, churned, batch_size=5)).flip(0).float()
+    assert (together - other).abs().mean(dim=(1, 2, 3)).max() < 0.5
+    assert mix(rows, network, SHAPE, churned).equals(mix(rows, network, SHAPE, churned))
+    plain = images_of(mix(rows, network, SHAPE, replace(churned, churn=0.0), batch_size=18)).float()
+    assert (together - plain).abs().mean(dim=(1, 2, 3)).min() > 5  # every image has moved
 
 
 @pytest.mark.parametrize(("lam", "name"), [(1.0, "class_a"), (0.0, "class_b")])

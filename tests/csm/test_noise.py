@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from csm.noise import initial_noise, mix_seeds
+from csm.noise import fresh_noise, initial_noise, mix_seeds
 
 GOLDEN, MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 
@@ -86,3 +86,24 @@ def test_every_bit_is_used() -> None:
     seeds = mix_seeds(3, np.arange(4000)).astype(np.uint64)
     for bit in range(63):
         assert ((seeds >> np.uint64(bit)) & np.uint64(1)).mean() == pytest.approx(0.5, abs=0.04)
+
+
+def test_fresh_noise_belongs_to_the_seed_and_the_step() -> None:
+    seeds, shape = [5, 2**62, 5, 6], (1, 2, 3)
+    noise = fresh_noise(seeds, shape, 3)
+    assert noise.dtype == torch.float32
+    assert torch.equal(noise[0], noise[2])
+    for row, seed in enumerate(seeds):  # the batch does not matter
+        assert torch.equal(noise[row], fresh_noise([seed], shape, 3)[0])
+    rows = [initial_noise([5, 6], shape), *(fresh_noise([5, 6], shape, step) for step in range(4))]
+    flat = torch.cat(rows).flatten(1)
+    assert len({tuple(row.tolist()) for row in flat}) == 10
+
+
+def test_fresh_noise_is_standard_normal_and_independent_of_the_first_noise() -> None:
+    seeds, shape = list(range(3000)), (1, 2, 2)
+    noise = torch.stack([initial_noise(seeds, shape), *(fresh_noise(seeds, shape, step) for step in (0, 1))]).flatten(1).double()
+    count = noise.shape[1]
+    assert noise.mean(dim=1).abs().max() < 4.5 / count**0.5
+    assert (noise.std(dim=1) - 1).abs().max() < 4.5 / (2 * count) ** 0.5
+    assert (torch.corrcoef(noise) - torch.eye(3)).abs().max() < 4.5 / count**0.5

@@ -145,6 +145,7 @@ def test_a_value_of_the_wrong_type_is_refused(override, message):
         "mix.batch_size=0",
         "mix.sampler.sigma_min=0",
         "mix.sampler.sigma_min=80",  # sigma_max
+        "mix.sampler.churn=-1",
         "annotate.members=0",
         "annotate.scale=0",
         "train.seeds=0",
@@ -330,3 +331,9 @@ def test_plain_values_hold_neither_tuples_nor_paths(tmp_path):
     value = {"a": (1, (2, 3)), "b": [tmp_path], "c": {"d": None}}
     assert plain(value) == {"a": [1, [2, 3]], "b": [str(tmp_path)], "c": {"d": None}}
     assert yaml.safe_load(yaml.safe_dump(plain(value))) == plain(value)
+
+
+def test_churn_with_a_solver_that_adds_no_noise_is_refused():
+    assert load_config("demo", ["mix.sampler.churn=30", "mix.sampler.solver=heun"]).mix.sampler.churn == 30
+    message = refused("demo", "mix.sampler.churn=30", "mix.sampler.solver=euler")
+    assert message == "mix.sampler.churn: only solver heun adds noise, not euler; choose heun, or churn 0"
