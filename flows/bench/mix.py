@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.shards import write_part
 from csm import tables
+from csm.fidelity import TARGET
 from csm.generators import Generator
 from csm.generators.acceleration import accelerate
 from csm.generators.conditioning import mix_embeddings
@@ -23,7 +25,6 @@ from csm.sampling import SamplerConfig, evaluations, solve
 from flows.bench.trained import trained_generator
 from flows.progress import say
 
-PAPER = SamplerConfig(solver="heun", spacing="karras", steps=20)  # of the paper's CIFAR-10 images: 39 evaluations
 RATIOS = 8
 BATCH = {"cpu": 16, "cuda": 512}
 MATMUL = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product that measures a device's peak
@@ -70,7 +71,7 @@ def mixing_speed(workspace: Path | None = None, seconds: float = 60.0, compiled:
 
         first = _timed(lambda: run(SamplerConfig(solver="euler", steps=2), plan.head(BATCH[device])))
         say(f"ours: {str(dtype).removeprefix('torch.')}, batches of {BATCH[device]}, part files; {len(plan)} images")
-        speed = len(plan) / _timed(lambda: run(PAPER))
+        speed = len(plan) / _timed(lambda: run(TARGET))
         say(f"ours, default sampler: {default.solver}, {evaluations(default)} evaluations")
         fidelity = len(plan) / _timed(lambda: run(default))
         peak = _matmul_flops(MATMUL[device], dtype, device)
@@ -85,9 +86,9 @@ def mixing_speed(workspace: Path | None = None, seconds: float = 60.0, compiled:
             "ratio_equal_evaluations": round(speed / baseline, 2),
             "ratio_equal_fidelity": round(fidelity / baseline, 2),
             "matmul_flops": round(peak),
-            "peak_share": round(speed * evaluations(PAPER) * flops / peak, 3),
-            "mean_abs_levels": round(_levels(trained_generator(workspace, root / "trained"), device), 4),
-            "evaluations": evaluations(PAPER),
+            "peak_share": round(speed * evaluations(TARGET) * flops / peak, 3),
+            "mean_abs_levels": round(_levels(trained_generator(workspace), device), 4),
+            "evaluations": evaluations(TARGET),
             "evaluations_equal_fidelity": evaluations(default),
         }
 
@@ -114,18 +115,19 @@ def _original(plan: pl.DataFrame, generator: Generator, folder: Path) -> None:
         lam = torch.tensor(rows["lam"].to_list(), device=generator.device)
         condition = mix_embeddings(*(generator.embed(label) for label in labels), lam)
         noise = initial_noise(rows["seed"].to_list(), generator.noise_shape).to(generator.device)
-        images = solve(lambda x, sigma, c=condition: generator.denoise(x, sigma, c), noise, PAPER)  # type: ignore[misc]
+        images = solve(lambda x, sigma, c=condition: generator.denoise(x, sigma, c), noise, TARGET)  # type: ignore[misc]
         for mix_id, pixels in zip(rows["mix_id"], to_uint8(images).permute(0, 2, 3, 1).numpy(), strict=True):
             Image.fromarray(pixels).save(folder / f"{mix_id}.png")
 
 
-def _levels(make: Callable[[], Generator], device: str) -> float:
-    """Mean absolute difference, in levels of 255, between the images of a trained generator in bfloat16 and in float32."""
-    n_classes = make().n_classes
-    plan = make_plan(n_classes, "bench", "bench", PlanConfig(sets_per_pair=1)).head(360)
-    channels, height, width = make().noise_shape
+def _levels(generator: Generator, device: str) -> float:
+    """Mean absolute difference, in levels of 255, between the images of ``generator`` in bfloat16 and in float32."""
+    plan = make_plan(generator.n_classes, "bench", "bench", PlanConfig(sets_per_pair=1)).head(360)
+    channels, height, width = generator.noise_shape
     shape = (height, width, channels)
-    frames = [mix(plan, accelerate(make(), device, precision), shape, PAPER) for precision in ("float32", "bfloat16")]
+    frames = [
+        mix(plan, accelerate(deepcopy(generator), device, precision), shape, TARGET) for precision in ("float32", "bfloat16")
+    ]
     exact, rounded = (tables.to_images(frame["image"], shape).int() for frame in frames)
     return float((exact - rounded).abs().float().mean())
 

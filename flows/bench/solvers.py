@@ -9,12 +9,12 @@ import polars as pl
 from rich import box
 from rich.table import Table
 
-from csm.datasets.digits import digits, digits_hard
+from csm.datasets.digits import digits
 from csm.fidelity import REFERENCE, TARGET, Fidelity, affordable_steps, compare_solvers, fewest, mixer
-from csm.generators import Generator, load_generator
-from csm.generators.config import GeneratorConfig
+from csm.generators import Generator
 from csm.planning import PlanConfig, make_plan
 from csm.sampling import SOLVERS, SamplerConfig, evaluations
+from flows.bench.trained import trained_generator
 from flows.progress import task
 
 COUNTS = (8, 9, 10, 11, 12, 13, 14, 16, 18, 20, 24, 28, 32, 39)
@@ -27,7 +27,6 @@ SPACINGS: tuple[dict[str, Any], ...] = (
     {"spacing": "exponential", "sigma_min": 0.02},
     {"spacing": "vp"},
 )
-DEMO = GeneratorConfig(block_channels=(16, 32), steps=600)
 
 
 def solvers(workspace: Path | None = None, rows: int = 120) -> dict[str, Any]:
@@ -42,8 +41,7 @@ def solvers(workspace: Path | None = None, rows: int = 120) -> dict[str, Any]:
         winner: the setting that is as close as the target on every generator, with the fewest evaluations; the target itself if no
         other is.
     """
-    trained = load_generator(workspace / "generator") if workspace else _trained()
-    generators = {"trained": trained, "gaussians": _gaussians()}
+    generators = {"trained": trained_generator(workspace), "gaussians": _gaussians()}
     mixers = {name: mixer(_plan(generator, rows), generator) for name, generator in generators.items()}
     samplers = list(_samplers())
     with task("compare", len(samplers)) as progress:
@@ -117,11 +115,3 @@ def _gaussians() -> Generator:
 
     data = digits()
     return fit_gaussians(*data.split("train"), data.info.n_classes)
-
-
-def _trained() -> Generator:
-    from csm.generators.fitting import fit_generator  # importing diffusers takes seconds; only who needs it pays
-
-    data = digits_hard()
-    with task("fit-generator", DEMO.steps) as progress:
-        return fit_generator(*data.split("train"), data.info.n_classes, DEMO, lambda step, loss: progress.advance())
