@@ -158,12 +158,15 @@ def bench() -> None: ...
 
 @bench.command(help="Mixing through Ray Data against a bare loop of the same work.")
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Length of the bare loop.")
+@click.option(
+    "--shards", type=click.IntRange(min=1), default=200, show_default=True, help="Of the smaller plan, for the driver's memory."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def overhead(seconds: float, as_json: bool, debug: bool) -> None:
+def overhead(seconds: float, shards: int, as_json: bool, debug: bool) -> None:
     from flows.bench.overhead import overhead as measure
 
-    _show_result(measure(seconds), as_json)
+    _show_result(measure(seconds, shards), as_json)
 
 
 def _show_result(result: dict[str, Any], as_json: bool) -> None:
