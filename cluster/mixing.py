@@ -149,7 +149,7 @@ def process_shards(
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # bytes: what an actor yields for a shard goes on at once, not with the rest of its block
     rows = pa.Table.from_pylist([{"shard": shard, "receipts": [], "failure": None} for shard in shards], schema=_SCHEMA)
-    length = _block_length(len(shards), max(most for _, most in sizes.values()))
+    length = block_length(len(shards), max(most for _, most in sizes.values()))
     data = ray.data.from_arrow([rows.slice(start, length) for start in range(0, len(rows), length)])
     if mix_job:
         data = _through(data, MixShards, {"job": mix_job, "threads": _threads(mix_pool)}, mix_pool, sizes["mix"], calls=2)
@@ -176,7 +176,7 @@ _RECEIPT = pa.struct(
 _SCHEMA = pa.schema([("shard", pa.int64()), ("receipts", pa.list_(_RECEIPT)), ("failure", pa.binary())])
 
 
-def _block_length(shards: int, actors: int) -> int:
+def block_length(shards: int, actors: int) -> int:
     """Shards of a block, which one actor takes as a whole.
 
     Ray's driver pays some milliseconds and some 50 KiB for each block that waits, so there are at most some hundred, but enough of
@@ -226,6 +226,9 @@ def _threads(pool: Pool) -> int:
 
 
 def _receipt(part: str, shard: int, rows: int, checksum: str, seconds: float) -> dict[str, Any]:
-    node = ray.get_runtime_context().get_node_id()
-    receipt = Receipt(part, shard, rows, checksum, round(seconds, 4), node)
+    receipt = Receipt(part, shard, rows, checksum, round(seconds, 4), _node())
     return dict(receipt.__dict__)
+
+
+def _node() -> str:
+    return str(ray.get_runtime_context().get_node_id())

@@ -60,9 +60,9 @@ def _explain(error: Exception) -> int:
         click.echo(f"csm: {line}", err=True)
         return 2
     if isinstance(error, OSError) and error.errno is not None:
-        where = f" {error.filename}" if error.filename else ""
+        where = f" {error.filename}:" if error.filename else ""
         click.echo(
-            f"csm:{where}: {error.strerror}; free space or change permissions, then run the same command again to go on", err=True
+            f"csm:{where} {error.strerror}; free space or change permissions, then run the same command again to go on", err=True
         )
         return 2
     click.echo(f"csm: failed: {type(error).__name__}: {line[:1000]} (--debug shows where; the same command goes on)", err=True)

@@ -1,10 +1,11 @@
 """mix: plan -> mixed images, over Ray Data; annotation follows on its heels when the annotators are fitted."""
 
 import json
+import os
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 from cluster.mixing import AnnotateJob, MixJob, process_shards
 from cluster.shards import Receipt, finished_shards, part_path, plan_shards
@@ -63,7 +64,7 @@ def process(
     resources, tracker = context.config.resources, context.tracker
     counted = {"mixed"} if job else {follower.name for follower in followers}
     unit, logged = context.stages[record.name].unit, 0.0
-    with task(record.name, total, done) as progress, (context.workspace.root / RECEIPTS).open("a", encoding="utf-8") as log:
+    with task(record.name, total, done) as progress, _open_log(context.workspace.root / RECEIPTS) as log:
 
         def report() -> None:
             values = {unit: float(progress.done), f"{unit}_per_s": progress.rate, "device_seconds": seconds}
@@ -86,14 +87,21 @@ def process(
         report()
 
 
+def _open_log(path: Path) -> TextIO:
+    """The receipts, to append to. Half a line, as a kill or a full disk leaves it, is cut off."""
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return path.open("a", encoding="utf-8")
+
+
 def spent(log: Path, part: str, shards: Collection[int]) -> float:
     """Device-seconds of the last receipt in ``log`` for each of ``shards`` of ``part``."""
     seconds: dict[int, float] = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
-        with suppress(json.JSONDecodeError):  # a driver was killed while it wrote the line
-            receipt = Receipt(**json.loads(line))
-            if receipt.part == part and receipt.shard in shards:
-                seconds[receipt.shard] = receipt.seconds
+    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.is_file() else []  # the last one is empty or cut short
+    for line in lines:
+        receipt = Receipt(**json.loads(line))
+        if receipt.part == part and receipt.shard in shards:
+            seconds[receipt.shard] = receipt.seconds
     return sum(seconds.values())
 
 
