@@ -85,7 +85,7 @@ class MixShards:
             finish = start_mixing(plan, self.generator, job.shape, job.sampler, job.batch_size)
         frame = finish()
         done = time.monotonic()
-        seconds, self._free = done - max(started, self._free), done
+        seconds, self._free = max(0.0, done - max(started, self._free)), done
         checksum = write_part(frame, job.mixed, shard, tables.MIXED, job.key)
         return [_receipt("mixed", shard, len(frame), checksum, seconds)]
 

@@ -39,6 +39,7 @@ def nodes():
     cluster.shutdown()
 
 
+@pytest.mark.timeout(600)
 def test_a_lost_node_loses_and_repeats_nothing(nodes, finished, tmp_path):
     cluster, lost = nodes
     info = RealDataset.load_info(finished.root)
