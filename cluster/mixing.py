@@ -1,9 +1,10 @@
 """Mixing and annotation over Ray Data: a shard's number goes through the actor pools, its images only through part files."""
 
 import pickle
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,11 @@ import ray
 import torch
 
 from cluster.resources import Pool, pool_sizes
-from cluster.shards import Receipt, part_path, read_plan, write_part
-from csm import tables
+from cluster.shards import Receipt, finished_shards, part_path, read_plan, write_part
+from csm import storage, tables
 from csm.generators import Generator, load_generator
-from csm.mixing import mix
+from csm.generators.acceleration import Precision, accelerate
+from csm.mixing import start_mixing
 from csm.reannotation import ANNOTATORS, Annotator, annotate
 from csm.sampling import SamplerConfig
 
@@ -35,6 +37,9 @@ class MixJob:
     batch_size: int
     shards: frozenset[int]
     operator: str = "embedding"
+    device: str = "cpu"
+    precision: Precision = "auto"
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,28 +59,41 @@ class AnnotateJob:
 
 
 class MixShards:
-    """Actor: plan shard -> part file of mixed images. Passes the shard's number on, with a receipt for the part."""
+    """Actor: plan shard -> part file of mixed images. Passes the shard's number on, with a receipt for the part.
+
+    It is called in two threads: while one denoises, the other encodes and writes the images of the shard before.
+    """
 
     def __init__(self, job: MixJob, threads: int) -> None:
         torch.set_num_threads(threads)
         self.job = job
+        self._turn = threading.Lock()
+        self._free = 0.0  # when the device was done with the shard before
 
     @cached_property
     def generator(self) -> Generator:
         # Loaded with the first shard: what goes wrong in an actor's __init__ reaches the driver only as pages of text.
-        return load_generator(self.job.generator)
+        job = self.job
+        return accelerate(load_generator(job.generator), job.device, job.precision, job.compiled)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         return _each_shard(batch, self._mix)
 
     def _mix(self, shard: int) -> list[dict[str, Any]]:
         job = self.job
         if shard not in job.shards:
             return []
-        started = time.monotonic()
-        frame = mix(read_plan(job.plan, shard), self.generator, job.shape, job.sampler, job.batch_size, job.operator)
+        plan = read_plan(job.plan, shard)
+        if finished_shards(job.mixed, job.key, {shard: len(plan)}):  # by a worker that died later, in the same block of shards
+            return [_receipt("mixed", shard, len(plan), storage.file_digest(part_path(job.mixed, shard)), 0.0)]
+        with self._turn:
+            started = time.monotonic()
+            finish = start_mixing(plan, self.generator, job.shape, job.sampler, job.batch_size, job.operator)
+        frame = finish()
+        done = time.monotonic()
+        seconds, self._free = max(0.0, done - max(started, self._free)), done
         checksum = write_part(frame, job.mixed, shard, tables.MIXED, job.key)
-        return [_receipt("mixed", shard, len(frame), checksum, started)]
+        return [_receipt("mixed", shard, len(frame), checksum, seconds)]
 
 
 class AnnotateShards:
@@ -89,7 +107,7 @@ class AnnotateShards:
     def annotators(self) -> list[Annotator]:
         return [ANNOTATORS[job.name].load(job.fitted, job.members) for job in self.jobs]
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         return _each_shard(batch, self._annotate)
 
     def _annotate(self, shard: int) -> list[dict[str, Any]]:
@@ -103,7 +121,7 @@ class AnnotateShards:
             started = time.monotonic()
             frame = annotate(plan, mixed, annotator, job.shape, job.n_classes)
             checksum = write_part(frame, job.annotations, shard, tables.annotations(job.n_classes), job.key)
-            receipts.append(_receipt(job.name, shard, len(frame), checksum, started))
+            receipts.append(_receipt(job.name, shard, len(frame), checksum, time.monotonic() - started))
         return receipts
 
 
@@ -135,10 +153,12 @@ def process_shards(
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.target_max_block_size = 1  # bytes: what an actor yields for a shard goes on at once, not with the rest of its block
     rows = pa.Table.from_pylist([{"shard": shard, "receipts": [], "failure": None} for shard in shards], schema=_SCHEMA)
-    data = ray.data.from_arrow([rows.slice(number, 1) for number in range(len(rows))])  # a block for each shard
+    length = block_length(len(shards), max(most for _, most in sizes.values()))
+    data = ray.data.from_arrow([rows.slice(start, length) for start in range(0, len(rows), length)])
     if mix_job:
-        data = _through(data, MixShards, {"job": mix_job, "threads": _threads(mix_pool)}, mix_pool, sizes["mix"])
+        data = _through(data, MixShards, {"job": mix_job, "threads": _threads(mix_pool)}, mix_pool, sizes["mix"], calls=2)
     if annotate_jobs:
         arguments = {"jobs": tuple(annotate_jobs), "threads": _threads(annotate_pool)}
         data = _through(data, AnnotateShards, arguments, annotate_pool, sizes["annotate"])
@@ -162,31 +182,46 @@ _RECEIPT = pa.struct(
 _SCHEMA = pa.schema([("shard", pa.int64()), ("receipts", pa.list_(_RECEIPT)), ("failure", pa.binary())])
 
 
-def _each_shard(batch: pa.Table, work: Callable[[int], list[dict[str, Any]]]) -> pa.Table:
-    """Add the receipts of ``work(shard)`` to every row.
+def block_length(shards: int, actors: int) -> int:
+    """Shards of a block, which one actor takes as a whole.
+
+    Ray's driver pays some milliseconds and some 50 KiB for each block that waits, so there are at most some hundred, but enough of
+    them for every actor that all are busy to the end.
+    """
+    return -(-shards // max(256, 16 * actors))
+
+
+def _each_shard(batch: pa.Table, work: Callable[[int], list[dict[str, Any]]]) -> Iterator[pa.Table]:
+    """Every row of ``batch``, with the receipts of ``work(shard)``, as soon as that is done.
 
     What it raises travels to the driver as a value: Ray Data would wrap it in an exception of its own, without the cause, and log pages.
     """
-    rows = batch.to_pylist()
-    for row in rows:
-        if row["failure"] is not None:
-            continue
-        try:
-            row["receipts"] += work(row["shard"])
-        except Exception as error:
-            error.add_note(traceback.format_exc())  # for --debug
-            row["failure"] = pickle.dumps(error)
-    return pa.Table.from_pylist(rows, schema=_SCHEMA)
+    for row in batch.to_pylist():
+        if row["failure"] is None:
+            try:
+                row["receipts"] += work(row["shard"])
+            except Exception as error:
+                error.add_note(traceback.format_exc())  # for --debug
+                row["failure"] = pickle.dumps(error)
+        yield pa.Table.from_pylist([row], schema=_SCHEMA)
 
 
-def _through(data: Any, actor: type, arguments: dict[str, Any], pool: Pool, size: tuple[int, int]) -> Any:
-    """Send ``data`` through a pool of ``actor``, one shard a call."""
+def _through(data: Any, actor: type, arguments: dict[str, Any], pool: Pool, size: tuple[int, int], calls: int = 1) -> Any:
+    """Send ``data`` through a pool of ``actor``, a block a call, ``calls`` of them at once in every actor."""
+    least, most = size
+    strategy = ray.data.ActorPoolStrategy(
+        min_size=least,
+        max_size=most,
+        initial_size=most,
+        max_concurrent_calls_per_actor=calls,
+        enable_true_multi_threading=calls > 1,
+    )
     return data.map_batches(
         actor,
         fn_constructor_kwargs=arguments,
-        batch_size=1,
+        batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=size[0], max_size=size[1]),
+        compute=strategy,
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
     )
@@ -196,7 +231,10 @@ def _threads(pool: Pool) -> int:
     return max(1, round(pool.cpus))
 
 
-def _receipt(part: str, shard: int, rows: int, checksum: str, started: float) -> dict[str, Any]:
-    node = ray.get_runtime_context().get_node_id()
-    receipt = Receipt(part, shard, rows, checksum, round(time.monotonic() - started, 4), node)
+def _receipt(part: str, shard: int, rows: int, checksum: str, seconds: float) -> dict[str, Any]:
+    receipt = Receipt(part, shard, rows, checksum, round(seconds, 4), _node())
     return dict(receipt.__dict__)
+
+
+def _node() -> str:
+    return str(ray.get_runtime_context().get_node_id())

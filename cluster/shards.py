@@ -14,7 +14,8 @@ KEY, ROWS = "csm.key", "csm.rows"
 class Receipt:
     """What the driver learns of a finished part file; the images stay where they are.
 
-    ``part`` is "mixed" or the annotator's name, ``seconds`` the time of the worker that made it, ``node`` where that was.
+    ``part`` is "mixed" or the annotator's name, ``seconds`` how long the worker that made it was busy with it (writing, which goes on
+    beside the next shard, is not counted for images), ``node`` where that was.
     """
 
     part: str

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,12 +25,23 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; when the block ends well, it replaces ``path`` in one step, else it is removed.
 
     Two writers of one path do not disturb each other: the temporary name holds the process id, and the last rename wins.
+
+    Raises:
+        OSError: the system refused to write (a full disk, ...), also where the library that wrote put that into an error of its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write does not know what it writes to
+        raise
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))  # as polars and safetensors, which are written in Rust, put it
+        if told is None:
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -49,7 +49,7 @@ def _annotate(context: Context, record: StageRecord) -> Made:
     total = sum(rows.values()) * len(jobs)
     todo = sum(rows[shard] for job in jobs for shard in job.shards)
     if todo:
-        process(context, None, [job for job in jobs if job.shards], "annotate", total, total - todo)
+        process(context, record, None, [job for job in jobs if job.shards], total, total - todo)
     return Made(total, record.fingerprint)
 
 

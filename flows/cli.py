@@ -66,9 +66,9 @@ def _explain(error: Exception) -> int:
         click.echo(f"csm: {line}", err=True)
         return 2
     if isinstance(error, OSError) and error.errno is not None:
-        where = f" {error.filename}" if error.filename else ""
+        where = f" {error.filename}:" if error.filename else ""
         click.echo(
-            f"csm:{where}: {error.strerror}; free space or change permissions, then run the same command again to go on", err=True
+            f"csm:{where} {error.strerror}; free space or change permissions, then run the same command again to go on", err=True
         )
         return 2
     click.echo(f"csm: failed: {type(error).__name__}: {line[:1000]} (--debug shows where; the same command goes on)", err=True)
@@ -217,12 +217,15 @@ def bench() -> None: ...
 
 @bench.command(help="Mixing through Ray Data against a bare loop of the same work.")
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Length of the bare loop.")
+@click.option(
+    "--shards", type=click.IntRange(min=1), default=200, show_default=True, help="Of the smaller plan, for the driver's memory."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def overhead(seconds: float, as_json: bool, debug: bool) -> None:
+def overhead(seconds: float, shards: int, as_json: bool, debug: bool) -> None:
     from flows.bench.overhead import overhead as measure
 
-    _show_result(measure(seconds), as_json)
+    _show_result(measure(seconds, shards), as_json)
 
 
 @bench.command(help="Writing a plan of millions of rows on one core, and reading one shard of it.")

@@ -16,6 +16,7 @@ from cluster.resources import ResourcesConfig
 from csm.classifiers import NETWORKS
 from csm.datasets import DATASETS
 from csm.errors import InputError
+from csm.generators.acceleration import Precision
 from csm.generators.conditioning import OPERATORS
 from csm.generators.config import GeneratorConfig
 from csm.losses import HARD, SOFT, build_loss
@@ -31,11 +32,20 @@ STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, config=STRICT)
 class MixConfig:
-    """Solver, batch (rows that go through the generator together), and operator that mixes two classes, see ``OPERATORS``."""
+    """How mixed images are made.
+
+    Attributes:
+        sampler: the solver.
+        batch_size: rows that go through the generator together.
+        operator: that mixes two classes, see ``OPERATORS``.
+        precision, compile: of the generator's network, see ``accelerate``.
+    """
 
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     batch_size: int = Field(default=256, ge=1)
     operator: str = "embedding"
+    precision: Precision = "auto"
+    compile: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)

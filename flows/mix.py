@@ -1,10 +1,11 @@
 """mix: plan -> mixed images, over Ray Data; annotation follows on its heels when the annotators are fitted."""
 
 import json
-import time
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 from cluster.mixing import AnnotateJob, MixJob, process_shards
 from cluster.shards import Receipt, finished_shards, part_path, plan_shards
@@ -15,6 +16,9 @@ from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.progress import task
 from flows.stages import Context, Made, Stage, stale
+
+RECEIPTS = "receipts.jsonl"
+TRACKED_SECONDS = 10.0  # between two points in MLflow
 
 
 def _run(context: Context, record: StageRecord) -> Made:
@@ -35,45 +39,78 @@ def _run(context: Context, record: StageRecord) -> Made:
         batch_size=config.mix.batch_size,
         shards=todo,
         operator=config.mix.operator,
+        device="cuda" if config.resources.mix.gpus else "cpu",
+        precision=config.mix.precision,
+        compiled=config.mix.compile,
     )
     followers = annotate_jobs(context, record.fingerprint, todo) if stale(context, "fit-annotators") is None else []
-    receipts = process(context, job if todo else None, followers, "mix", sum(rows.values()), sum(rows[shard] for shard in done))
-    mixed = [receipt for receipt in receipts if receipt.part == "mixed"]
-    if mixed:
-        seconds = sum(receipt.seconds for receipt in mixed)
-        images = sum(receipt.rows for receipt in mixed)
-        key = f"stage {record.name} {record.fingerprint}"
-        measured = {"images": float(images), "device_seconds": seconds, "images_per_device_second": images / seconds}
-        ratios = ratio_grid(config.plan).tolist()
-        measured["evaluations_per_image"] = evaluations_per_image(config.mix.sampler, config.mix.operator, ratios)
-        context.tracker.log_metrics(key, measured)
+    total, before = sum(rows.values()), spent(workspace.root / RECEIPTS, "mixed", done)
+    process(context, record, job if todo else None, followers, total, sum(rows[shard] for shard in done), before)
+    per_image = evaluations_per_image(config.mix.sampler, config.mix.operator, ratio_grid(config.plan).tolist())
+    context.tracker.log_metrics(f"stage {record.name} {record.fingerprint}", {"evaluations_per_image": per_image})
     return Made(sum(rows.values()), record.fingerprint)
 
 
 def process(
-    context: Context, job: MixJob | None, followers: Sequence[AnnotateJob], name: str, total: int, done: int
-) -> list[Receipt]:
-    """Run shards over Ray with progress on part ``name``, and keep every receipt in ``receipts.jsonl`` as it comes."""
-    receipts: list[Receipt] = []
+    context: Context,
+    record: StageRecord,
+    job: MixJob | None,
+    followers: Sequence[AnnotateJob],
+    total: int,
+    done: int,
+    seconds: float = 0.0,
+) -> None:
+    """Run shards over Ray and keep every receipt in ``receipts.jsonl`` as it comes.
+
+    Progress, on the terminal and in MLflow, is that of the images if some are mixed, else of the annotations: how many of ``total``
+    (``done`` were there before), how many a second of this session, and device-seconds: how long the workers were busy, ``seconds`` of
+    them in sessions before.
+    """
     if job is None and not any(follower.shards for follower in followers):
-        return receipts
+        return
     context.connect()
-    resources = context.config.resources
-    started = time.monotonic()
-    counted = "mixed" if job else followers[0].name
-    with task(name, total) as progress, (context.workspace.root / "receipts.jsonl").open("a", encoding="utf-8") as log:
-        progress.advance(done)
+    resources, tracker = context.config.resources, context.tracker
+    counted = {"mixed"} if job else {follower.name for follower in followers}
+    unit, logged = context.stages[record.name].unit, 0.0
+    with task(record.name, total, done) as progress, _open_log(context.workspace.root / RECEIPTS) as log:
+
+        def report() -> None:
+            values = {unit: float(progress.done), f"{unit}_per_s": progress.rate, "device_seconds": seconds}
+            tracker.log_steps(f"stage {record.name} {record.fingerprint}", [(progress.done, values)])
 
         def on_receipt(receipt: Receipt) -> None:
-            receipts.append(receipt)
+            nonlocal seconds, logged
             log.write(json.dumps(asdict(receipt)) + "\n")
             log.flush()
-            if receipt.part == counted:
-                rate = (progress.done + receipt.rows - done) / (time.monotonic() - started)
-                progress.advance(receipt.rows, f"{rate:.3g} images/s")
+            if receipt.part not in counted:
+                return
+            seconds += receipt.seconds
+            rate = (progress.made + receipt.rows) / progress.seconds
+            progress.advance(receipt.rows, f"{rate:,.1f} {unit}/s  {seconds:,.0f} device-s")
+            if progress.seconds - logged >= TRACKED_SECONDS:
+                logged = progress.seconds
+                report()
 
         process_shards(job, followers, resources.mix, resources.annotate, on_receipt)
-    return receipts
+        report()
+
+
+def _open_log(path: Path) -> TextIO:
+    """The receipts, to append to. Half a line, as a kill or a full disk leaves it, is cut off."""
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return path.open("a", encoding="utf-8")
+
+
+def spent(log: Path, part: str, shards: Collection[int]) -> float:
+    """Device-seconds of the last receipt in ``log`` for each of ``shards`` of ``part``."""
+    seconds: dict[int, float] = {}
+    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.is_file() else []  # the last one is empty or cut short
+    for line in lines:
+        receipt = Receipt(**json.loads(line))
+        if receipt.part == part and receipt.shard in shards:
+            seconds[receipt.shard] = receipt.seconds
+    return sum(seconds.values())
 
 
 def remove_other_parts(directory: Path, rows: dict[int, int]) -> None:

@@ -14,10 +14,23 @@ console = Console(stderr=True)
 
 
 class Task:
-    """One stage's progress."""
+    """One stage's progress; ``made`` of the ``done`` units were done since it began, at ``rate`` units a second."""
 
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.done, self.text = name, total, 0, ""
+    def __init__(self, name: str, total: int, done: int = 0) -> None:
+        self.name, self.total, self.done, self.text = name, total, done, ""
+        self._before, self._started = done, time.monotonic()
+
+    @property
+    def made(self) -> int:
+        return self.done - self._before
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    @property
+    def rate(self) -> float:
+        return self.made / self.seconds
 
     def advance(self, count: int = 1, text: str = "") -> None:
         """``count`` units more are done; ``text`` says what else is worth knowing."""
@@ -33,23 +46,23 @@ class Task:
 
 
 class _Bar(Task):
-    def __init__(self, name: str, total: int, progress: Progress) -> None:
-        super().__init__(name, total)
+    def __init__(self, name: str, total: int, done: int, progress: Progress) -> None:
+        super().__init__(name, total, done)
         self._progress = progress
-        self._id = progress.add_task(name, total=total, text="")
+        self._id = progress.add_task(name, total=total, completed=done, text="")
 
     def show(self) -> None:
         self._progress.update(self._id, completed=self.done, text=self.text)
 
 
 class _Lines(Task):
-    def __init__(self, name: str, total: int) -> None:
-        super().__init__(name, total)
-        self._started = self._shown = time.monotonic()
+    def __init__(self, name: str, total: int, done: int) -> None:
+        super().__init__(name, total, done)
+        self._shown = 0.0
         self._written = ""
 
     def show(self) -> None:
-        if time.monotonic() - self._shown >= PLAIN_SECONDS:
+        if self.seconds - self._shown >= PLAIN_SECONDS:
             self._line()
 
     def finish(self) -> None:
@@ -60,15 +73,22 @@ class _Lines(Task):
         return f"{self.name}: {self.done}/{self.total}{f'  {self.text}' if self.text else ''}"
 
     def _line(self) -> None:
-        self._shown, self._written = time.monotonic(), self._state()
-        print(f"{self._written}  {self._shown - self._started:.0f} s", file=sys.stderr, flush=True)
+        self._shown, self._written = self.seconds, self._state()
+        left = f"  {_clock((self.total - self.done) / self.rate)} left" if self.made and self.done < self.total else ""
+        print(f"{self._written}{left}  {self._shown:.0f} s", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds as 1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
 @contextmanager
-def task(name: str, total: int) -> Iterator[Task]:
-    """Show the progress of ``total`` units of work for the length of the block."""
+def task(name: str, total: int, done: int = 0) -> Iterator[Task]:
+    """Show the progress of ``total`` units of work, of which ``done`` were done before, for the length of the block."""
     if not console.is_terminal:
-        lines = _Lines(name, total)
+        lines = _Lines(name, total, done)
         yield lines
         lines.finish()
         return
@@ -81,7 +101,7 @@ def task(name: str, total: int) -> Iterator[Task]:
         TextColumn("{task.fields[text]}"),
     )
     with Progress(*columns, console=console) as progress:
-        yield _Bar(name, total, progress)
+        yield _Bar(name, total, done, progress)
 
 
 def say(text: str) -> None:

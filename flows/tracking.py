@@ -4,9 +4,12 @@ Run ids are kept in ``tracking.json`` beside the store, under a key that is equa
 interruption goes on in its run, and work that is not done again makes no run.
 """
 
+import errno
 import logging
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,29 @@ BATCH = 1000  # MLflow takes at most this many metrics a call
 PARAM_CHARACTERS = 6000
 
 
+@contextmanager
+def _writing() -> Iterator[None]:
+    """What SQLite says of a disk that takes no more becomes the system's own error, which the command line explains.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError) as error:
+        for words, code in (("database or disk is full", errno.ENOSPC), ("disk I/O error", errno.EIO)):
+            if words in str(error):
+                raise OSError(code, os.strerror(code), "mlflow.db") from error
+        raise
+
+
 class Tracker:
     """Writes to the store of one workspace, from the driver's process."""
 
     def __init__(self, workspace: Path) -> None:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs what it raises, with the traceback
         self._index_path = workspace / "tracking.json"
         self._index: dict[str, dict[str, Any]] = storage.read_json(self._index_path) if self._index_path.is_file() else {}
         try:
@@ -51,6 +71,7 @@ class Tracker:
             )
         )
 
+    @_writing()
     def open_run(self, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any], parent: str | None = None) -> str:
         """Return the run kept under ``key``, or make it, as a child of run ``parent`` if given; its status becomes running."""
         known = self._index.get(key)
@@ -66,6 +87,7 @@ class Tracker:
             self._client.log_batch(run_id, params=flat[start : start + 100])
         return run_id
 
+    @_writing()
     def log_steps(self, key: str, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Log metrics by step to the run under ``key``; steps that it has already are left out, so none stands there twice."""
         entry = self._index[key]
@@ -78,6 +100,7 @@ class Tracker:
             entry["step"] = max(step for step, _ in fresh)
             self._save()
 
+    @_writing()
     def log_metrics(self, key: str, values: Mapping[str, float]) -> None:
         """Set final metrics of the run under ``key``; logging them again leaves the same last value."""
         now = int(time.time() * 1000)
@@ -85,14 +108,17 @@ class Tracker:
             self._index[key]["run_id"], metrics=[Metric(name, value, now, 0) for name, value in values.items()]
         )
 
+    @_writing()
     def log_file(self, key: str, path: Path, folder: str | None = None) -> None:
         """Copy a file to the artifacts of the run under ``key``."""
         self._client.log_artifact(self._index[key]["run_id"], str(path), folder)
 
+    @_writing()
     def log_figure(self, key: str, figure: Any, name: str) -> None:
         """Keep a matplotlib figure with the run under ``key`` as ``name`` (a .png)."""
         self._client.log_figure(self._index[key]["run_id"], figure, name)
 
+    @_writing()
     def close_run(self, key: str, status: str = "FINISHED") -> None:
         """End the run under ``key`` as FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self._index[key]["run_id"], status=status)

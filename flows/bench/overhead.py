@@ -1,8 +1,10 @@
-"""bench overhead: mixing through Ray Data against a bare loop of the same work."""
+"""bench overhead: what mixing through Ray Data costs, in time against a bare loop of the same work and in memory of the driver."""
 
-import resource
+import multiprocessing
+import os
 import tempfile
 import time
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from cluster.mixing import MixJob, process_shards
 from cluster.resources import Pool
 from cluster.session import session
-from cluster.shards import part_path, plan_shards, read_plan, write_part
+from cluster.shards import finished_shards, part_path, plan_shards, read_plan, write_part
 from csm import tables
 from csm.generators import load_generator
 from csm.generators.config import GeneratorConfig
@@ -25,27 +27,31 @@ SHAPE, CLASSES = (8, 8, 1), 10
 SAMPLER = SamplerConfig(steps=10)
 BATCH = 128
 SHARD_ROWS = 360
+SMALL_ROWS = 8  # of a shard, where only their number matters
 
 
-def overhead(seconds: float = 60.0) -> dict[str, Any]:
+def overhead(seconds: float = 60.0, shards: int = 200) -> dict[str, Any]:
     """Time of mixing through Ray Data (one actor) over a bare loop of the same shards in this process, one thread each.
 
     A random-weight generator of the demo's size mixes as many shards as the bare loop is expected to do in ``seconds``. Ray's time
     starts when the pool is asked for, so it holds the actor's start and the loading of the generator; joining Ray is stated apart.
 
+    The driver's memory is that of two processes of their own, which mix ``shards`` and ten times as many small shards.
+
     Returns:
-        rows, bare_s, ray_s, ratio (ray / bare), connect_s, identical (whether all images are byte-equal), driver_peak_mib.
+        rows, bare_s, ray_s, ratio (ray / bare), connect_s, identical (whether all images are byte-equal), load_before (processes that
+        wanted to run in the minute before), cpus, shards, driver_peak_mib, driver_peak_mib_10x, driver_growth_mib.
     """
+    load = os.getloadavg()[0]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="csm-bench-") as folder:
         root = Path(folder)
-        _make_generator(root / "generator")
+        _make_generator(root / "generator", (16, 32))
         generator = load_generator(root / "generator")
-        _write_plan(root / "plan.parquet", 1)
+        _write_plan(root / "plan.parquet", 1, SHARD_ROWS)
         started = time.monotonic()
         mix(read_plan(root / "plan.parquet", 0), generator, SHAPE, SAMPLER, BATCH)
-        shards = max(2, round(seconds / (time.monotonic() - started)))
-        _write_plan(root / "plan.parquet", shards)
+        _write_plan(root / "plan.parquet", max(2, round(seconds / (time.monotonic() - started))), SHARD_ROWS)
         rows = plan_shards(root / "plan.parquet")
 
         started = time.monotonic()
@@ -56,16 +62,7 @@ def overhead(seconds: float = 60.0) -> dict[str, Any]:
                 progress.advance()
         bare = time.monotonic() - started
 
-        job = MixJob(
-            plan=root / "plan.parquet",
-            generator=root / "generator",
-            mixed=root / "ray",
-            key="bench",
-            shape=SHAPE,
-            sampler=SAMPLER,
-            batch_size=BATCH,
-            shards=frozenset(rows),
-        )
+        job = _job(root, rows, SAMPLER)
         started = time.monotonic()
         with session("local"):
             connected = time.monotonic()
@@ -73,6 +70,7 @@ def overhead(seconds: float = 60.0) -> dict[str, Any]:
                 process_shards(job, [], Pool(max_actors=1), Pool(), lambda receipt: progress.advance())
             spread = time.monotonic() - connected
         same = [tables.read(part_path(root / name, shard), tables.MIXED) for shard in rows for name in ("bare", "ray")]
+        peaks = [_in_a_process(_driver_peak, number) for number in (shards, 10 * shards)]
         return {
             "rows": sum(rows.values()),
             "bare_s": round(bare, 2),
@@ -80,21 +78,62 @@ def overhead(seconds: float = 60.0) -> dict[str, Any]:
             "ratio": round(spread / bare, 3),
             "connect_s": round(connected - started, 2),
             "identical": all(first.equals(second) for first, second in zip(same[::2], same[1::2], strict=True)),
-            "driver_peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "load_before": round(load, 2),
+            "cpus": len(os.sched_getaffinity(0)),
+            "shards": shards,
+            "driver_peak_mib": peaks[0],
+            "driver_peak_mib_10x": peaks[1],
+            "driver_growth_mib": peaks[1] - peaks[0],
         }
 
 
-def _make_generator(directory: Path) -> None:
+def _driver_peak(shards: int) -> int:
+    """Peak resident memory in MiB of this process, when it is the driver that mixes ``shards`` small shards."""
+    with tempfile.TemporaryDirectory(prefix="csm-bench-") as folder, session("local"):
+        root = Path(folder)
+        _make_generator(root / "generator", (4, 8))
+        _write_plan(root / "plan.parquet", shards, SMALL_ROWS)
+        rows = plan_shards(root / "plan.parquet")
+        with task(f"driver, {shards} shards", len(rows)) as progress:
+            process_shards(_job(root, rows, SamplerConfig(steps=1)), [], Pool(max_actors=1), Pool(), lambda _: progress.advance())
+        finished = finished_shards(root / "ray", "bench", rows)
+    if len(finished) != shards:
+        raise RuntimeError(f"{shards - len(finished)} of {shards} shards were not mixed")
+    # Not ru_maxrss: that of a process starts with its parent's.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return round(int(status["VmHWM"].split()[0]) / 1024)
+
+
+def _in_a_process(function: Callable[[int], int], argument: int) -> int:
+    """``function(argument)``, called in a new process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, (argument,))
+
+
+def _job(root: Path, shards: Collection[int], sampler: SamplerConfig) -> MixJob:
+    return MixJob(
+        plan=root / "plan.parquet",
+        generator=root / "generator",
+        mixed=root / "ray",
+        key="bench",
+        shape=SHAPE,
+        sampler=sampler,
+        batch_size=BATCH,
+        shards=frozenset(shards),
+    )
+
+
+def _make_generator(directory: Path, block_channels: tuple[int, ...]) -> None:
     from csm.generators.unet import UNetGenerator, UNetSpec
 
-    config = GeneratorConfig(block_channels=(16, 32))
+    config = GeneratorConfig(block_channels=block_channels)
     torch.manual_seed(0)
     settings = {name: asdict(config)[name] for name in ("block_channels", "layers_per_block", "dropout")}
     UNetGenerator(UNetSpec(SHAPE, CLASSES, 0.5, **settings)).save(directory)
 
 
-def _write_plan(path: Path, shards: int) -> None:
+def _write_plan(path: Path, shards: int, shard_rows: int) -> None:
     """A plan of at least ``shards`` whole shards, cut to them."""
-    sets = -(-shards * SHARD_ROWS // (8 * CLASSES * (CLASSES - 1) // 2))
-    plan = make_plan(CLASSES, "bench", "bench", PlanConfig(sets_per_pair=sets, shard_rows=SHARD_ROWS))
+    sets = -(-shards * shard_rows // (8 * CLASSES * (CLASSES - 1) // 2))
+    plan = make_plan(CLASSES, "bench", "bench", PlanConfig(sets_per_pair=sets, shard_rows=shard_rows))
     tables.write(plan.filter(plan["shard"] < shards), path, tables.PLAN)

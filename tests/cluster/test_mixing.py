@@ -1,22 +1,26 @@
 """The oracle: rows that come through Ray equal those of a direct `csm` call on the same plan."""
 
 import os
+import shutil
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
-from cluster.mixing import AnnotateJob, MixJob, process_shards
+from cluster.mixing import AnnotateJob, MixJob, MixShards, block_length, process_shards
 from cluster.resources import Pool
-from cluster.shards import finished_shards, part_path, plan_shards, read_plan
+from cluster.shards import finished_shards, part_path, plan_shards, read_plan, write_part
 from csm import storage, tables
 from csm.datasets import RealDataset
 from csm.errors import InputError
 from csm.generators import load_generator
-from csm.mixing import mix
+from csm.mixing import mix, start_mixing
 from csm.planning import PlanConfig, make_plan
 from csm.reannotation import ANNOTATORS, annotate
 from csm.sampling import SamplerConfig
@@ -176,6 +180,84 @@ def test_an_annotator_that_cannot_be_loaded_is_named(done, tmp_path):
     job = replace(done.annotate_jobs[0], fitted=tmp_path / "none", annotations=tmp_path / "annotations")
     with pytest.raises(InputError, match=r"none/prototypes\.safetensors does not exist"):
         process_shards(None, [job], ONE, ONE, pytest.fail)
+
+
+def test_receipts_come_while_others_are_mixed(done):
+    """All eight shards could be one block; the driver hears of each when it is done."""
+    order = [(receipt.part, receipt.shard) for receipt in done.first]
+    for name in NAMES:
+        assert order.index((name, order[0][1])) < max(index for index, (part, _) in enumerate(order) if part == "mixed")
+
+
+@pytest.mark.parametrize(
+    ("shards", "actors", "length"),
+    [(1, 1, 1), (256, 1, 1), (257, 1, 2), (5000, 4, 20), (5000, 64, 5), (50_000, 4, 196), (50_000, 1000, 4), (600, 1000, 1)],
+)
+def test_blocks_are_few_and_still_many_for_every_actor(shards, actors, length):
+    assert block_length(shards, actors) == length
+    blocks = -(-shards // length)
+    assert blocks <= max(256, 16 * actors)
+    assert blocks >= min(shards, 8 * actors)
+
+
+def test_blocks_of_several_shards_lose_and_repeat_nothing(done, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.mixing.block_length", lambda shards, actors: 3)
+    job = replace(done.mix_job, mixed=tmp_path / "mixed")
+    receipts = []
+    process_shards(
+        job, [replace(done.annotate_jobs[1], mixed=job.mixed, annotations=tmp_path / "teacher")], ONE, ONE, receipts.append
+    )
+    assert sorted((receipt.part, receipt.shard) for receipt in receipts) == sorted(
+        (part, shard) for part in ("mixed", "teacher") for shard in range(8)
+    )
+    for shard in range(8):
+        assert part_path(job.mixed, shard).read_bytes() == part_path(done.mix_job.mixed, shard).read_bytes()
+
+
+def test_a_shard_that_a_lost_worker_had_finished_is_not_made_again(done, tmp_path, monkeypatch):
+    """Called as Ray calls it, with a block of which the first shard is there."""
+    monkeypatch.setattr("cluster.mixing._node", lambda: "here")
+    job = replace(done.mix_job, mixed=tmp_path)
+    shutil.copy(part_path(done.mix_job.mixed, 0), tmp_path)
+    before = times(tmp_path, [0])
+    block = pa.Table.from_pylist([{"shard": shard, "receipts": [], "failure": None} for shard in (0, 1)])
+    rows = [row for table in MixShards(job, 1)(block) for row in table.to_pylist()]
+    assert [row["failure"] for row in rows] == [None, None]
+    receipts = [row["receipts"][0] for row in rows]
+    assert [receipt["checksum"] for receipt in receipts] == [storage.file_digest(part_path(tmp_path, shard)) for shard in (0, 1)]
+    assert receipts[0]["seconds"] == 0 < receipts[1]["seconds"]
+    assert times(tmp_path, [0]) == before
+
+
+def test_a_shard_is_written_while_the_next_one_is_denoised(done, tmp_path, monkeypatch):
+    """Two calls at once: the write of the first waits until the network of the second is at work, and ends before it."""
+    monkeypatch.setattr("cluster.mixing._node", lambda: "here")
+    at_work, written, begun, at_writing = threading.Event(), threading.Event(), [], []
+
+    def watched(*arguments):
+        begun.append(arguments)
+        if len(begun) == 2:
+            at_work.set()
+            assert written.wait(60)
+        return start_mixing(*arguments)
+
+    def slow_write(frame, directory, shard, schema, key):
+        at_writing.append(shard)
+        if len(at_writing) == 1:
+            assert at_work.wait(60)
+        checksum = write_part(frame, directory, shard, schema, key)
+        written.set()
+        return checksum
+
+    monkeypatch.setattr("cluster.mixing.start_mixing", watched)
+    monkeypatch.setattr("cluster.mixing.write_part", slow_write)
+    actor = MixShards(replace(done.mix_job, mixed=tmp_path), 1)
+    blocks = [pa.Table.from_pylist([{"shard": shard, "receipts": [], "failure": None}]) for shard in (0, 1)]
+    with ThreadPoolExecutor(2) as calls:
+        rows = [table.to_pylist()[0] for call in calls.map(lambda block: list(actor(block)), blocks) for table in call]
+    assert [row["failure"] for row in rows] == [None, None]
+    for shard in (0, 1):
+        assert part_path(tmp_path, shard).read_bytes() == part_path(done.mix_job.mixed, shard).read_bytes()
 
 
 @pytest.mark.slow

@@ -1,15 +1,18 @@
+import errno
 import hashlib
 import json
 import os
 import pickle
+import resource
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 
-from csm import storage
+from csm import storage, tables
 from csm.errors import InputError
 
 
@@ -191,3 +194,23 @@ def test_a_record_comes_back_with_its_types(tmp_path: Path) -> None:
     spec = ClassifierSpec("small-cnn", {"width": 4}, 3, ("a", "b"), (0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
     storage.write_json(tmp_path / "model.json", {**asdict(spec), "unknown": 1})
     assert storage.read_record(tmp_path / "model.json", ClassifierSpec) == spec
+
+
+def test_a_write_that_the_system_refuses_names_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk; polars and safetensors have errors of their own for it."""
+    frame = pl.DataFrame({"mix_id": ["a"] * 9, "image": [bytes(range(256)) * 9] * 9}, schema=dict(tables.MIXED))
+    writers = {
+        "text": lambda path: storage.write_text(path, "x" * 5000),
+        "tensors": lambda path: storage.write_tensors(path, {"x": torch.zeros(5000)}),
+        "table": lambda path: tables.write(frame, path, tables.MIXED),
+    }
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, write in writers.items():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large") as caught:
+                write(tmp_path / name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / name))
+        assert list(tmp_path.iterdir()) == []

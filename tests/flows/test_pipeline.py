@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import sqlite3
@@ -18,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+from csm import storage, tables
 from csm.generators import load_generator
 from csm.mixing import mix
 from csm.sampling import SamplerConfig
@@ -161,6 +163,49 @@ def test_mixing_goes_on_after_kill_9_with_the_same_images(finished: Any, csm: Ru
     assert csm("mix", *options, "--workspace", undisturbed).returncode == 0
     for path in mixed.iterdir():
         assert path.read_bytes() == (undisturbed / "mixed" / path.name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_disk_that_is_full_is_one_line_and_the_same_command_goes_on(
+    finished: Any, csm: Run, processes: Any, copy: Copy
+) -> None:
+    """No byte more can be written (a limit on the size of files, which needs no mount) by the actors, or by the command either."""
+    options = ["--config", str(finished.config), "--set", "plan.sets_per_pair=80"]
+    workspace = copy("mixed", "annotations", "runs")
+    assert csm("plan", *options, "--workspace", workspace).returncode == 0
+    mixed = workspace / "mixed"
+
+    def fill(with_driver: bool) -> str:
+        before = len(list(mixed.glob("part-*")))
+        with started("mix", *options, "--workspace", workspace, processes=processes) as process:
+            process.wait_for(lambda: len(list(mixed.glob("part-*"))) > before)
+            writers = [pid for pid in processes.descendants(process.process.pid) if "MapWorker" in processes.name(pid)]
+            for pid in [*writers, process.process.pid] if with_driver else writers:
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            out, err = process.process.communicate(timeout=200)
+        assert (process.process.returncode, out) == (2, ""), err
+        assert "Traceback" not in err
+        return err.splitlines()[-1]
+
+    line = fill(with_driver=False)
+    assert line.startswith(f"csm: {mixed}/part-")
+    assert line.endswith(": File too large; free space or change permissions, then run the same command again to go on")
+    assert fill(with_driver=True).endswith("; free space or change permissions, then run the same command again to go on")
+    plan = pl.read_parquet(workspace / "plan.parquet")
+    assert not list(mixed.glob(".*"))
+    whole = {path: path.read_bytes() for path in mixed.iterdir()}
+    assert 2 <= len(whole) < plan["shard"].n_unique()
+    assert all(tables.metadata(path) for path in whole)
+
+    again = csm("mix", *options, "--workspace", workspace)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.read_bytes() for path in whole} == whole
+    assert mixed_rows(workspace).equals(direct_call(workspace, plan))
+    lines = [json.loads(line) for line in (workspace / "receipts.jsonl").read_text().splitlines()]
+    receipts = {mixed / f"part-{line['shard']:08d}.parquet": line["checksum"] for line in lines if line["part"] == "mixed"}
+    assert set(mixed.iterdir()) - set(whole) <= set(receipts)
+    assert all(storage.file_digest(path) == checksum for path, checksum in receipts.items())
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
+import errno
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -280,3 +282,31 @@ def test_two_trackers_at_once_on_a_made_store(root, client):
         thread.join()
     assert errors == []
     assert runs(client, "shared")[0].data.metrics == {"m0": 4, "m1": 4}
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [("database or disk is full", errno.ENOSPC), ("disk I/O error", errno.EIO)], ids=["full", "broken"]
+)
+def test_a_disk_that_takes_no_more_is_the_systems_error(tracker, monkeypatch, words, code):
+    tracker.open_run("full", "full", {}, {})
+
+    def refuse(*arguments, **options):
+        raise MlflowException(f"(sqlite3.OperationalError) {words} [SQL: INSERT ...]")
+
+    for name in ("log_batch", "set_terminated", "log_artifact"):
+        monkeypatch.setattr(tracker._client, name, refuse)
+    for write in (
+        lambda: tracker.log_steps("full", [(1, {"loss": 1.0})]),
+        lambda: tracker.log_metrics("full", {"loss": 1.0}),
+        lambda: tracker.close_run("full"),
+        lambda: tracker.log_file("full", Path("x")),
+    ):
+        with pytest.raises(OSError, match=r"mlflow\.db") as caught:
+            write()
+        assert caught.value.errno == code
+
+
+def test_what_else_mlflow_refuses_is_not_taken_for_a_full_disk(tracker):
+    tracker.open_run("other", "other", {}, {})
+    with pytest.raises(MlflowException, match="metric"):
+        tracker.log_metrics("other", {"a metric, with a comma, $": 1.0})

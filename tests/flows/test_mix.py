@@ -1,0 +1,126 @@
+import json
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+
+from cluster.shards import Receipt
+from flows import mix
+from flows.artifacts import StageRecord, Workspace
+
+RECORD = StageRecord("mix", "f1", {}, 1, {})
+
+
+def receipt(shard, seconds=1.0, part="mixed", rows=10):
+    return Receipt(part, shard, rows, "c", seconds, "n")
+
+
+def write(path, *receipts):
+    path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in receipts))
+
+
+class Tracker:
+    def __init__(self):
+        self.points = []
+
+    def log_steps(self, key, rows):
+        assert key == "stage mix f1"
+        self.points += rows
+
+
+@pytest.fixture
+def context(tmp_path):
+    resources = SimpleNamespace(mix=None, annotate=None)
+    return SimpleNamespace(
+        workspace=Workspace(tmp_path),
+        config=SimpleNamespace(resources=resources),
+        tracker=Tracker(),
+        stages={"mix": mix.STAGE},
+        connect=lambda: None,
+    )
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("flows.progress.time.monotonic", lambda: now[0])
+    return now
+
+
+def make(monkeypatch, clock, *made):
+    """``process_shards`` that hands on receipts, each some seconds after the one before."""
+
+    def process_shards(job, followers, mix_pool, annotate_pool, on_receipt):
+        for seconds, one in made:
+            clock[0] += seconds
+            on_receipt(one)
+
+    monkeypatch.setattr(mix, "process_shards", process_shards)
+
+
+def test_progress_goes_to_the_terminal_and_to_mlflow_while_it_runs(context, clock, monkeypatch, capsys):
+    job = SimpleNamespace()
+    make(
+        monkeypatch,
+        clock,
+        (4, receipt(1, 3.0)),
+        (0, receipt(1, 9.0, "teacher")),  # follows: neither counted nor paid
+        (4, receipt(2, 3.5)),
+        (4, receipt(3, 3.5)),
+        (8, receipt(4, 5.0)),
+    )
+    mix.process(context, RECORD, job, [], total=60, done=20, seconds=7.0)
+    assert capsys.readouterr().err.splitlines() == [
+        "mix: 50/60  2.5 images/s  17 device-s  0:04 left  12 s",
+        "mix: 60/60  2.0 images/s  22 device-s  20 s",
+    ]
+    assert context.tracker.points == [
+        (50, {"images": 50.0, "images_per_s": 2.5, "device_seconds": 17.0}),
+        (60, {"images": 60.0, "images_per_s": 2.0, "device_seconds": 22.0}),
+    ]
+    kept = [json.loads(line) for line in (context.workspace.root / "receipts.jsonl").read_text().splitlines()]
+    assert [(one["part"], one["shard"]) for one in kept] == [
+        ("mixed", 1),
+        ("teacher", 1),
+        ("mixed", 2),
+        ("mixed", 3),
+        ("mixed", 4),
+    ]
+
+
+def test_annotations_of_every_annotator_count(context, clock, monkeypatch, capsys):
+    followers = [SimpleNamespace(name=name, shards={1}) for name in ("projection", "teacher")]
+    make(monkeypatch, clock, (1, receipt(1, 0.5, "projection")), (1, receipt(1, 0.5, "teacher")))
+    mix.process(context, RECORD, None, followers, total=20, done=0)
+    assert capsys.readouterr().err.splitlines() == ["mix: 20/20  10.0 images/s  1 device-s  2 s"]
+
+
+def test_nothing_to_do_starts_nothing(context, monkeypatch):
+    monkeypatch.setattr(mix, "process_shards", pytest.fail)
+    mix.process(context, RECORD, None, [SimpleNamespace(name="teacher", shards=frozenset())], 10, 10)
+    assert not (context.workspace.root / "receipts.jsonl").exists()
+    assert context.tracker.points == []
+
+
+def test_spent_is_the_last_receipt_of_each_shard(tmp_path):
+    log = tmp_path / "receipts.jsonl"
+    assert mix.spent(log, "mixed", {1}) == 0
+    write(log, receipt(1, 5.0), receipt(1, 2.0), receipt(2, 3.0), receipt(3, 100.0), receipt(2, 50.0, "teacher"))
+    assert mix.spent(log, "mixed", {1, 2, 7}) == 5.0
+
+
+def test_half_a_line_is_cut_off_and_the_next_one_is_whole(context, clock, monkeypatch):
+    log = context.workspace.root / "receipts.jsonl"
+    write(log, receipt(1, 2.0))
+    log.write_text(log.read_text() + '{"part": "mixed", "sha')
+    assert mix.spent(log, "mixed", {1}) == 2.0
+    make(monkeypatch, clock, (1, receipt(2, 3.0)))
+    mix.process(context, RECORD, SimpleNamespace(), [], 20, 10)
+    assert [json.loads(line)["shard"] for line in log.read_text().splitlines()] == [1, 2]
+
+
+def test_a_log_of_half_a_line_is_emptied(context, clock, monkeypatch):
+    (context.workspace.root / "receipts.jsonl").write_text('{"part"')
+    make(monkeypatch, clock, (1, receipt(2, 3.0)))
+    mix.process(context, RECORD, SimpleNamespace(), [], 10, 0)
+    assert mix.spent(context.workspace.root / "receipts.jsonl", "mixed", {2}) == 3.0
