@@ -1,8 +1,9 @@
 """Stages: what a verb does, when its result is reused, and what is refused so that nothing is lost."""
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +99,7 @@ class Context:
         """Join or start Ray, once for all stages of the command."""
         if not self._connected:
             say(f"ray: {'starting on this machine' if self.address == 'local' else 'joining ' + self.address}")
+            self._resources.enter_context(redirect_stdout(sys.stderr))  # where Ray prints what it says of lost workers
             self._resources.enter_context(session(self.address))
             self._connected = True
 
