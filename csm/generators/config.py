@@ -34,7 +34,7 @@ class GeneratorConfig:
     path: str = ""
     kind: Literal["auto", "unet", "edm", "diffusers-unet", "dit", "stable-diffusion"] = "auto"
     classes: tuple[int, ...] = ()
-    guidance: float = Field(default=1.0, ge=0)
+    guidance: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     prompt: str = "a photo of a {}"
     block_channels: tuple[int, ...] = (32, 64)
     layers_per_block: int = Field(default=1, ge=1)

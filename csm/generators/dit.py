@@ -1,6 +1,7 @@
 """Class-conditional diffusion transformers (DiT; Peebles & Xie 2023) as diffusers' DiTPipeline saves them."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class DiTGenerator(nn.Module):
     """
 
     classes: torch.Tensor
+    none: torch.Tensor
     spherical = False
 
     def __init__(self, transformer: Any, vae: Any, schedule: VPSchedule, spec: DiTSpec) -> None:
@@ -60,6 +62,7 @@ class DiTGenerator(nn.Module):
         self.noise_shape: tuple[int, int, int] = (config.in_channels, config.sample_size, config.sample_size)
         self.null_class: int = config.num_embeds_ada_norm
         self.register_buffer("classes", torch.tensor(spec.classes))
+        self.register_buffer("none", self._one_hot(torch.tensor([self.null_class])))
 
     @property
     def device(self) -> torch.device:
@@ -90,8 +93,8 @@ class DiTGenerator(nn.Module):
             sigma: float32 (N,), > 0.
             condition: float32 (N, K_model + 1).
         """
-        none = self._one_hot(torch.tensor([self.null_class], device=x.device))
-        return self.schedule.denoise(lambda z, t: guided(self._predict, z, t, condition, none, self.spec.guidance), x, sigma)
+        guide = partial(guided, self._predict, condition=condition, none=self.none, scale=self.spec.guidance)
+        return self.schedule.denoise(guide, x, sigma)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Images float32 (N, 3, height, width), nominally in [-1, 1], of codes (N, C, H, W)."""

@@ -25,6 +25,7 @@ def read_vae(folder: Path, channels: int) -> Any:
     vae = read_model(AutoencoderKL, folder)
     if vae.config.latent_channels != channels:
         raise InputError(f"{file}: latent codes of {vae.config.latent_channels} channels for a network of {channels}")
+    vae.enable_slicing()  # decodes one by one: all images of a batch at once would take gigabytes each, and no less time
     return vae
 
 

@@ -1,13 +1,16 @@
-"""Models as diffusers and transformers save them: a folder with ``config.json`` and safetensors. Nothing here unpickles."""
+"""Models as diffusers and transformers save them: a folder with ``config.json`` and weights. Nothing of what is in them is run."""
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from csm.errors import InputError
 
@@ -42,29 +45,54 @@ def read_model(kind: Any, folder: Path, weights: str = "diffusion_pytorch_model"
 
     Args:
         kind: the class of diffusers or transformers that has ``from_pretrained``.
-        folder: with ``config.json`` and ``{weights}.safetensors``, or shards and their ``{weights}.safetensors.index.json``.
+        folder: with ``config.json`` and ``{weights}.safetensors``, or shards and their ``{weights}.safetensors.index.json``, or a pickle
+            (``.bin``) of tensors alone, read as such (``weights_only``).
         weights: "diffusion_pytorch_model" for diffusers, "model" for transformers.
 
     Raises:
-        InputError: a file is missing or damaged, the weights are pickles, or weights and configuration do not fit each other.
+        InputError: a file is missing or damaged, a pickle holds more than tensors, or weights and configuration do not fit each other.
     """
     read_config(folder / "config.json")
-    for file in _weight_files(folder, weights):
-        _check_whole(file)
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    # low_cpu_mem_usage needs accelerate; transformers' models have no such option.
-    options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False} if weights != "model" else {"dtype": torch.float32}
-    try:
-        model, report = kind.from_pretrained(folder, **options)
-    except (
-        Exception
-    ) as error:  # many types for a configuration that does not fit: TypeError, ValueError, RuntimeError, OSError, ...
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{folder} cannot be loaded as {kind.__name__} ({type(error).__name__}: {reason})") from None
+    with _safe(folder, weights) as safe:
+        for file in _weight_files(safe, weights):
+            _check_whole(file)
+        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        # low_cpu_mem_usage needs accelerate; transformers' models have no such option.
+        options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False} if weights != "model" else {"dtype": torch.float32}
+        try:
+            model, report = kind.from_pretrained(safe, **options)
+        # Many types for a configuration that does not fit: TypeError, ValueError, RuntimeError, OSError, ...
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"{folder} cannot be loaded as {kind.__name__} ({type(error).__name__}: {reason})") from None
     if report["missing_keys"]:  # both libraries would go on with random numbers
         missing = sorted(report["missing_keys"])
         raise InputError(f"{folder}: {len(missing)} of the weights of {kind.__name__} are missing, for example {missing[0]}")
+    # Old files of text encoders also hold the numbers of their positions, which are no weights.
+    unexpected = sorted(name for name in report["unexpected_keys"] if not name.endswith("position_ids"))
+    if unexpected:  # those of a larger model than the configuration's would be left out
+        raise InputError(f"{folder}: {len(unexpected)} of the weights are not of {kind.__name__}, for example {unexpected[0]}")
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _safe(folder: Path, weights: str) -> Iterator[Path]:
+    """``folder``, or, if its weights are one pickle, a temporary folder with the same model as safetensors."""
+    name = "pytorch_model.bin" if weights == "model" else f"{weights}.bin"
+    if not (folder / name).exists() or list(folder.glob(f"{weights}*.safetensors*")):
+        yield folder
+        return
+    try:
+        tensors = torch.load(folder / name, map_location="cpu", weights_only=True)
+    except Exception as error:  # many types for what is no file of tensors: UnpicklingError, RuntimeError, EOFError, ...
+        raise InputError(f"{folder / name} is damaged, or holds more than tensors: nothing of it was run") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise InputError(f"{folder / name} is no table of tensors")
+    with TemporaryDirectory(prefix="csm-") as temporary:
+        shutil.copy(folder / "config.json", temporary)
+        whole = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}  # tensors may share their memory
+        save_file(whole, Path(temporary) / f"{weights}.safetensors", metadata={"format": "pt"})
+        yield Path(temporary)
 
 
 def write_model(model: Any, folder: Path) -> None:
@@ -85,14 +113,10 @@ def _weight_files(folder: Path, weights: str) -> list[Path]:
         return [folder / name for name in names]
     if single.exists():
         return [single]
-    variants = sorted(file.name for file in folder.glob(f"{weights}.*.safetensors"))
-    if variants:  # half precision, or not averaged: the user's choice
-        raise InputError(f"{single} does not exist, only {', '.join(variants)}: rename the one to use")
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if pickles:
-        raise InputError(
-            f"{folder} holds its weights only as pickles ({pickles[0]}), which can run code: save them as {single.name} first"
-        )
+    # Half precision, or not averaged: which one is the user's choice.
+    for wanted, pattern in ((index, f"{weights}.safetensors.index.*.json"), (single, f"{weights}.*.safetensors")):
+        if variants := sorted(file.name for file in folder.glob(pattern)):
+            raise InputError(f"{wanted} does not exist, only {', '.join(variants)}: rename the one to use")
     raise InputError(f"{single} does not exist")
 
 

@@ -115,6 +115,8 @@ class VPSchedule(nn.Module):
 def read_schedule(path: Path) -> VPSchedule:
     """The schedule in diffusers' ``scheduler_config.json`` at ``path``; ``InputError`` names what is missing or not VP."""
     value = read_config(path, SCHEDULERS)
+    if value.get("predict_epsilon") is False:  # what files of diffusers before 0.4 say
+        value.setdefault("prediction_type", "sample")
     try:
         config = TypeAdapter(VPConfig).validate_python(value)
     except ValidationError as error:

@@ -2,6 +2,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,10 +57,41 @@ def test_shards_are_read_and_replaced_when_written_again(folder: Path, tmp_path:
     assert same(read_model(UNet2DModel, tmp_path / "shards"), original)
 
 
-def test_pickles_are_refused_and_never_opened(folder: Path) -> None:
+PICKLE = "diffusion_pytorch_model.bin"
+
+
+def test_a_pickle_of_tensors_is_read_as_tensors(folder: Path) -> None:
+    original = read_model(UNet2DModel, folder)
+    torch.save(load_file(folder / WEIGHTS), folder / PICKLE)
     (folder / WEIGHTS).unlink()
-    (folder / "diffusion_pytorch_model.bin").write_bytes(b"no matter what is in here")
-    refused(folder, r"only as pickles \(diffusion_pytorch_model.bin\), which can run code: save them as .*safetensors first")
+    assert same(read_model(UNet2DModel, folder), original)
+    assert not (folder / WEIGHTS).exists()  # the user's folder stays as it was
+
+
+class Evil:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize("content", ["evil", "damaged", "nested"])
+def test_other_pickles_are_refused_and_nothing_is_run(folder: Path, tmp_path: Path, content: str) -> None:
+    (folder / WEIGHTS).unlink()
+    if content == "damaged":
+        (folder / PICKLE).write_bytes(b"no matter what is in here")
+    else:
+        values: dict[str, Any] = {"conv_in.weight": Evil(tmp_path / "trace") if content == "evil" else {"a": torch.zeros(1)}}
+        torch.save(values, folder / PICKLE)
+    refused(folder, f"{PICKLE} is (damaged, or holds more than tensors: nothing of it was run|no table of tensors)")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_weights_of_a_larger_model_are_not_left_out(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, "mid_block.more.weight": torch.zeros(2)}, folder / WEIGHTS, metadata={"format": "pt"})
+    refused(folder, r"1 of the weights are not of UNet2DModel, for example mid_block.more.weight")
 
 
 def test_pickles_in_the_list_of_shards_are_refused(folder: Path) -> None:
@@ -78,6 +110,15 @@ def test_a_missing_file_is_named(folder: Path, missing: str) -> None:
 def test_a_variant_must_be_chosen(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16.safetensors")
     refused(folder, rf"{WEIGHTS} does not exist, only diffusion_pytorch_model.fp16.safetensors: rename the one to use")
+
+
+def test_a_variant_in_shards_is_chosen_by_its_list(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.fp16-00001-of-00001.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors.index.fp16.json").touch()
+    refused(
+        folder,
+        rf"{WEIGHTS}.index.json does not exist, only diffusion_pytorch_model.safetensors.index.fp16.json: rename the one to use",
+    )
 
 
 def test_a_missing_shard_is_named(folder: Path) -> None:

@@ -41,6 +41,15 @@ def test_noise_levels_are_those_of_diffusers(tmp_path: Path, name: str) -> None:
     assert torch.allclose(sigmas, ((1 - alphas) / alphas).sqrt(), rtol=5e-4)
 
 
+def test_old_files_that_do_not_predict_epsilon_predict_the_sample(tmp_path: Path, edit: Callable[..., None]) -> None:
+    file = saved(tmp_path)
+    values = {name: value for name, value in json.loads(file.read_text()).items() if name != "prediction_type"}
+    file.write_text(json.dumps({**values, "predict_epsilon": False}))
+    assert read_schedule(file).prediction == "sample"
+    edit(file, predict_epsilon=True)
+    assert read_schedule(file).prediction == "epsilon"
+
+
 def test_the_range_is_that_of_the_steps(tmp_path: Path) -> None:
     low, high = read_schedule(saved(tmp_path, **SCHEDULES["scaled_linear"])).sigma_range
     assert low == pytest.approx(0.0292, abs=1e-4)  # Stable Diffusion's, as k-diffusion prints them
