@@ -6,6 +6,7 @@ from cluster.resources import Group
 from csm import storage
 from csm.datasets import RealDataset
 from csm.generators import load_generator
+from csm.generators.gaussians import fit_gaussians
 from csm.mixing import sample
 from csm.plots import image_grid
 from csm.sampling import SamplerConfig
@@ -19,11 +20,15 @@ SAMPLER = SamplerConfig(solver="heun", spacing="karras", steps=18, sigma_min=0.0
 
 
 def fit(context: Context, record: StageRecord) -> list[float]:
-    """Train the generator into the workspace, going on from ``state.pt`` there, and return the loss of every step.
+    """Train the generator into the workspace, going on from ``state.pt`` there, and return the loss of every step (Gaussians: of none).
 
     One worker without a GPU on this machine is this process, with all its cores: Ray would add seconds to a short training. Everything
     else is a Ray Train group of ``resources.fit``.
     """
+    if context.config.generator.kind == "gaussians":
+        data = RealDataset.load(context.workspace.root)
+        fit_gaussians(*data.split("train"), data.info.n_classes).save(context.workspace.generator)
+        return []
     from csm.generators.fitting import FitJob, fit_job  # importing diffusers takes seconds; only who needs it pays
 
     workspace, group = context.workspace, context.config.resources.fit
@@ -66,5 +71,5 @@ def fit_generator(context: Context, record: StageRecord) -> Made:
     grid = samples.permute(0, 2, 3, 1).reshape(info.n_classes, SAMPLES, *info.shape).numpy()
     context.tracker.log_figure(key, image_grid(grid, row_labels=info.class_names), "samples.png")
     (directory / "state.pt").unlink(missing_ok=True)
-    parameters = sum(weight.numel() for weight in generator.network.parameters()) if generator.network else 0
-    return Made(parameters, storage.file_digest(directory / "model.safetensors"))
+    weights = storage.read_tensors(directory / "model.safetensors").values()
+    return Made(sum(weight.numel() for weight in weights), storage.file_digest(directory / "model.safetensors"))

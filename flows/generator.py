@@ -41,6 +41,8 @@ def _settings(config: Config) -> dict[str, Any]:
     if config.generator.path:
         files = model_files(config.generator.path)
         return {"generator": {name: generator[name] for name in IMPORT_SETTINGS}, "files": f"{len(files)} files, {digest(files)}"}
+    if config.generator.kind == "gaussians":
+        return {"generator": {"kind": "gaussians"}}
     # Like the number of workers, micro_batch changes the order of sums only, so a training may go on with a smaller one.
     return {"generator": {name: value for name, value in generator.items() if name not in (*IMPORT_SETTINGS, "micro_batch")}}
 

@@ -10,11 +10,11 @@ from pydantic.dataclasses import dataclass
 class GeneratorConfig:
     """The model that mixes: imported from ``path``, or made from the train split.
 
-    What is trained is a UNet2DModel; the noise distribution is EDM's for CIFAR-10 (Karras et al. 2022, table 1).
+    What is trained is a UNet2DModel, by the settings from ``block_channels`` on; the noise distribution is EDM's for CIFAR-10 (Karras et al. 2022, table 1).
 
     Attributes:
         path: file or folder of a model to import (``csm.generators.importing``); empty: make one from the data.
-        kind: "auto" finds out what is at ``path``, and trains a "unet" where there is no path.
+        kind: "auto" finds out what is at ``path``, and trains a "unet" where there is no path; "gaussians" fits one to each class.
         classes: of an imported model: its class for each class of the data set; empty: the same numbers.
         guidance: of an imported model: scale of classifier-free guidance; 1 is none.
         prompt: of an imported text-to-image model: template in which ``{}`` stands for the class name.
@@ -32,7 +32,7 @@ class GeneratorConfig:
     """
 
     path: str = ""
-    kind: Literal["auto", "unet", "edm", "diffusers-unet", "dit", "stable-diffusion"] = "auto"
+    kind: Literal["auto", "unet", "gaussians", "edm", "diffusers-unet", "dit", "stable-diffusion"] = "auto"
     classes: tuple[int, ...] = ()
     guidance: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     prompt: str = "a photo of a {}"
