@@ -65,7 +65,7 @@ def solve(denoise: Denoiser, noise: torch.Tensor, config: SamplerConfig, fresh: 
         config: see there.
         fresh: needed if ``config.churn`` is above 0: step -> more noise like ``noise``, on its device.
     """
-    sigmas = noise_levels(config).to(noise.device)
+    sigmas = noise_levels(config)  # on the CPU: a solver that asks a GPU for a level would wait for all that it was given before
     if config.churn == 0:
         return SOLVERS[config.solver](denoise, noise, sigmas)
     if config.solver != "heun" or fresh is None:
@@ -213,7 +213,7 @@ def churned(
 
 def _denoised(denoise: Denoiser, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Evaluate the network in float32 and return float64."""
-    return denoise(x.float(), sigma.float().expand(len(x)).to(x.device)).double()
+    return denoise(x.float(), torch.full((len(x),), sigma.item(), dtype=torch.float32, device=x.device)).double()
 
 
 SOLVERS: dict[str, Callable[[Denoiser, torch.Tensor, torch.Tensor], torch.Tensor]] = {

@@ -270,7 +270,7 @@ def mix(workspace: Path | None, seconds: float, compiled: bool, as_json: bool, d
 
 def _show_result(result: dict[str, Any], as_json: bool) -> None:
     for key, value in result.items():
-        click.echo(f"{key:<24}{value}")
+        click.echo(f"{key:<28}{value}")
     if as_json:
         click.echo(json.dumps(result))
 

@@ -10,7 +10,8 @@ from pydantic.dataclasses import dataclass
 class GeneratorConfig:
     """The model that mixes: imported from ``path``, or made from the train split.
 
-    What is trained is a UNet2DModel, by the settings from ``block_channels`` on; the noise distribution is EDM's for CIFAR-10 (Karras et al. 2022, table 1).
+    What is trained is a UNet2DModel, by the settings from ``block_channels`` on; the noise distribution is EDM's for CIFAR-10 (Karras et
+    al. 2022, table 1).
 
     Attributes:
         path: file or folder of a model to import (``csm.generators.importing``); empty: make one from the data.

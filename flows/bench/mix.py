@@ -45,7 +45,7 @@ def mixing_speed(workspace: Path | None = None, seconds: float = 60.0, compiled:
     Returns:
         device, precision, flops (of one evaluation of one image), compile_s, baseline_images_per_s, images_per_s (at equal evaluations),
         images_per_s_equal_fidelity, ratio_equal_evaluations, ratio_equal_fidelity, matmul_flops (peak measured in the same precision),
-        peak_share, mean_abs_levels (of 255, to float32 on the trained generator), evaluations, evaluations_equal_fidelity.
+        matmul_ratio (to that in float32: what the arithmetic alone can give), peak_share, mean_abs_levels (of 255, to float32 on the trained generator), evaluations, evaluations_equal_fidelity.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     default = SamplerConfig()
@@ -74,7 +74,7 @@ def mixing_speed(workspace: Path | None = None, seconds: float = 60.0, compiled:
         speed = len(plan) / _timed(lambda: run(TARGET))
         say(f"ours, default sampler: {default.solver}, {evaluations(default)} evaluations")
         fidelity = len(plan) / _timed(lambda: run(default))
-        peak = _matmul_flops(MATMUL[device], dtype, device)
+        peak, single = (_matmul_flops(MATMUL[device], kind, device) for kind in (dtype, torch.float32))
         return {
             "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
             "precision": str(dtype).removeprefix("torch."),
@@ -86,6 +86,7 @@ def mixing_speed(workspace: Path | None = None, seconds: float = 60.0, compiled:
             "ratio_equal_evaluations": round(speed / baseline, 2),
             "ratio_equal_fidelity": round(fidelity / baseline, 2),
             "matmul_flops": round(peak),
+            "matmul_ratio": round(peak / single, 2),
             "peak_share": round(speed * evaluations(TARGET) * flops / peak, 3),
             "mean_abs_levels": round(_levels(trained_generator(workspace), device), 4),
             "evaluations": evaluations(TARGET),

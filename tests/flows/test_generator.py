@@ -1,0 +1,145 @@
+"""From the file of a model to mixed images, by the verbs that a user types, for every kind and every operator."""
+
+import json
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+from PIL import Image
+
+from csm import tables
+from csm.generators import load_generator
+from csm.mixing import mix
+from csm.sampling import SamplerConfig
+from flows import cli
+
+SHAPE = (8, 8, 3)
+KINDS = {"diffusers-unet": [1, 3], "dit": [1, 3], "stable-diffusion": [], "edm": [2, 9]}  # the model's classes of cat and dog
+CASES = [
+    ("diffusers-unet", "embedding"),
+    ("dit", "embedding"),
+    ("stable-diffusion", "embedding"),
+    ("edm", "embedding"),
+    ("edm", "score"),
+    ("stable-diffusion", "slerp"),
+    pytest.param("diffusers-unet", "slerp", marks=pytest.mark.slow),
+    pytest.param("diffusers-unet", "score", marks=pytest.mark.slow),
+    pytest.param("dit", "score", marks=pytest.mark.slow),
+    pytest.param("stable-diffusion", "score", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """``call(*arguments)`` runs the command line in this process, where ``tmp_path`` is; gives the exit code and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["csm", *map(str, arguments)])
+        try:
+            cli.main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            return ended.code or 0, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def model(request, unet_pipeline, dit_pipeline, stable_diffusion_pipeline, edm_snapshot, tmp_path):
+    """``model(kind)`` gives the path of a model."""
+    folders = {"diffusers-unet": unet_pipeline, "dit": dit_pipeline, "stable-diffusion": stable_diffusion_pipeline}
+    return lambda kind: edm_snapshot("ddpmpp-edm").write(tmp_path / "edm.pkl") if kind == "edm" else folders[kind]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """``config(kind, operator, ...)`` writes a configuration for cats and dogs."""
+    draw = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(6):
+            Image.fromarray(draw.integers(0, 256, SHAPE, np.uint8)).save(tmp_path / "images" / name / f"{number}.png")
+
+    def write(kind, operator="embedding", **mixing):
+        path = tmp_path / "mine.yaml"
+        sampler = {"solver": "heun", "steps": 2}
+        values = {
+            "data": {"source": "image-folder", "path": str(tmp_path / "images"), "size": 8},
+            "generator": {"classes": KINDS[kind], "prompt": "{}"},
+            "plan": {"sets_per_pair": 2, "ratios": 3, "shard_rows": 3},
+            "mix": {"sampler": sampler, "operator": operator, **mixing},
+        }
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("kind", "operator"), CASES)
+def test_a_model_is_imported_and_mixes(call, model, config, ray_address, one_thread, tmp_path, kind, operator):
+    options = ("--config", config(kind, operator), "--workspace", "w")
+    code, said = call("import-generator", model(kind), *options)
+    assert code == 0, said
+    resolved = ("--config", "w/config.yaml", "--workspace", "w")  # as the command says
+    assert f"go on with {' '.join(resolved)}" in said
+    for verb in ("plan", "mix"):
+        code, said = call(verb, *resolved, "--address", ray_address)
+        assert code == 0, said
+    assert "mix: done, 6 images" in said
+    mixed = pl.read_parquet(sorted((tmp_path / "w" / "mixed").glob("*.parquet")))
+    generator = load_generator(tmp_path / "w" / "generator")
+    plan = pl.read_parquet(tmp_path / "w" / "plan.parquet")
+    parts = [
+        mix(shard, generator, SHAPE, SamplerConfig(solver="heun", steps=2), operator=operator) for shard in plan.iter_slices(3)
+    ]
+    assert mixed.equals(pl.concat(parts))
+    assert len(tables.to_images(mixed["image"], SHAPE).flatten(1).unique(dim=0)) == 6
+    assert json.loads((tmp_path / "w" / "generator" / "generator.json").read_text())["kind"] == kind
+
+
+@pytest.mark.ray
+def test_what_cannot_lie_on_a_sphere_is_refused(call, model, config, ray_address):
+    options = ("--config", config("edm", "slerp"), "--workspace", "w")
+    call("import-generator", model("edm"), *options)
+    resolved = ("--config", "w/config.yaml", "--workspace", "w", "--address", ray_address)
+    call("plan", *resolved)
+    code, said = call("mix", *resolved)
+    assert code == 2
+    assert said.splitlines()[-1].startswith("csm: mix.operator: slerp needs ")
+
+
+@pytest.mark.ray
+def test_bfloat16_and_the_gaussians_of_the_data(call, model, config, ray_address, tmp_path):
+    options = ("--config", config("dit", precision="bfloat16"), "--workspace", "w")
+    call("import-generator", model("dit"), *options)
+    for verb in ("plan", "mix"):
+        code, said = call(verb, "--config", "w/config.yaml", "--workspace", "w", "--address", ray_address)
+        assert code == 0, said
+    settings = ("--set", "generator.kind=gaussians", "--set", "generator.classes=[]", "--workspace", "g")
+    for verb in ("prepare", "fit-generator", "plan", "mix"):
+        code, said = call(verb, "--config", "mine.yaml", *settings, "--address", ray_address)
+        assert code == 0, said
+    assert json.loads((tmp_path / "g" / "generator" / "generator.json").read_text())["kind"] == "gaussians"
+
+
+def test_a_pickle_that_would_run_something_does_not(call, config, tmp_path):
+    (tmp_path / "evil.pkl").write_bytes(b"cposix\nsystem\n(Vtouch ran\ntR.")
+    code, said = call("import-generator", "evil.pkl", "--config", config("edm"), "--workspace", "w")
+    assert code == 2
+    assert said.splitlines()[-1].startswith("csm: ")
+    assert "posix.system" in said.splitlines()[-1]
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "w" / "generator" / "generator.json").exists()
+
+
+def test_another_model_in_its_place_is_not_taken_silently(call, model, config, tmp_path):
+    options = ("--config", config("edm"), "--workspace", "w")
+    assert call("import-generator", model("edm"), *options)[0] == 0
+    (tmp_path / "edm.pkl").write_bytes(b"another")
+    code, said = call("import-generator", tmp_path / "edm.pkl", *options)
+    assert code == 2
+    assert "generator was made by another configuration there (files " in said
