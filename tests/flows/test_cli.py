@@ -211,7 +211,7 @@ def test_pairs_that_the_data_does_not_have(call, refused, folder, verb, override
     settings = [word for override in overrides for word in ("--set", override)]
     said = refused(verb, *options, *settings)
     # `run` says so before the generator is trained, and `plan` what it lacks before it fits annotators
-    assert said.startswith("plan needs fit-generator, which was not run" if verb == "plan" else message)
+    assert said.startswith("plan needs generator, which was not run" if verb == "plan" else message)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def report(seeds=3, names=("cat", "dog", "<script>alert(1)</script>")):
         machine="2 cores",
         config_yaml="seed: 0\nname: '<digits>'\n",
         dataset=Dataset("digits", names, {"train": 900, "val": 150, "test": 1747}, (8, 8, 1)),
-        stages=[Stage("prepare", 0.42, False, 1797), Stage("fit-generator", 92.3, True)],
+        stages=[Stage("prepare", 0.42, False, 1797), Stage("generator", 92.3, True)],
         methods=METHODS,
         metrics=metrics(seeds),
         reliability={method.name: pair for method in METHODS},
@@ -289,7 +289,7 @@ def test_contrast_is_enough_in_both_themes(html, theme):
 def test_what_was_run_is_told(page):
     rows = page.text("tr")
     assert "prepare ran 1,797 0.4 s" in rows
-    assert "fit-generator reused – 1 min 32 s" in rows
+    assert "generator reused – 1 min 32 s" in rows
     assert "all 1 min 33 s" in rows
     assert "machine 2 cores" in rows
     assert "test 1,747 images" in rows
