@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+import ray.data  # now: imported later, it would set the level of its loggers anew, after `session` has
 import torch
 
 from cluster.resources import Pool, pool_sizes

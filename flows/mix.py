@@ -86,7 +86,7 @@ def process(
                 return
             seconds += receipt.seconds
             rate = (progress.made + receipt.rows) / progress.seconds
-            progress.advance(receipt.rows, f"{rate:,.1f} {unit}/s  {seconds:,.0f} device-s")
+            progress.advance(receipt.rows, f"{rate:,.1f} {unit}/s  {seconds:,.1f} device-s")
             if progress.seconds - logged >= TRACKED_SECONDS:
                 logged = progress.seconds
                 report()

@@ -71,8 +71,8 @@ def test_progress_goes_to_the_terminal_and_to_mlflow_while_it_runs(context, cloc
     )
     mix.process(context, RECORD, job, [], total=60, done=20, seconds=7.0)
     assert capsys.readouterr().err.splitlines() == [
-        "mix: 50/60  2.5 images/s  17 device-s  0:04 left  12 s",
-        "mix: 60/60  2.0 images/s  22 device-s  20 s",
+        "mix: 50/60  2.5 images/s  17.0 device-s  0:04 left  12 s",
+        "mix: 60/60  2.0 images/s  22.0 device-s  20 s",
     ]
     assert context.tracker.points == [
         (50, {"images": 50.0, "images_per_s": 2.5, "device_seconds": 17.0}),
@@ -92,7 +92,7 @@ def test_annotations_of_every_annotator_count(context, clock, monkeypatch, capsy
     followers = [SimpleNamespace(name=name, shards={1}) for name in ("projection", "teacher")]
     make(monkeypatch, clock, (1, receipt(1, 0.5, "projection")), (1, receipt(1, 0.5, "teacher")))
     mix.process(context, RECORD, None, followers, total=20, done=0)
-    assert capsys.readouterr().err.splitlines() == ["mix: 20/20  10.0 images/s  1 device-s  2 s"]
+    assert capsys.readouterr().err.splitlines() == ["mix: 20/20  10.0 images/s  1.0 device-s  2 s"]
 
 
 def test_nothing_to_do_starts_nothing(context, monkeypatch):
