@@ -5,38 +5,17 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from flows.bench import bench
+from flows.options import CONFIG_OPTIONS, OUTPUT_OPTIONS, SHARED_OPTIONS, print_table, with_options
+
 # Two processes that share cores wait asleep, not spinning: a spinning thread holds the core that the others need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-CONFIG_OPTIONS = (
-    click.option("--config", default="demo", show_default=True, help="Name of a bundled configuration, or a .yaml file."),
-    click.option(
-        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting, e.g. train.seeds=5; repeatable."
-    ),
-    click.option(
-        "--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True, help="Where all goes."
-    ),
-)
-OUTPUT_OPTIONS = (
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."),
-    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-)
-SHARED_OPTIONS = (
-    *CONFIG_OPTIONS,
-    click.option(
-        "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
-    ),
-    click.option(
-        "--force", "forced", multiple=True, metavar="STAGE", help="Do a stage again though nothing changed; repeatable."
-    ),
-    *OUTPUT_OPTIONS,
-)
 
 
 class _Commands(click.Group):
@@ -75,24 +54,18 @@ def _explain(error: Exception) -> int:
     return 1
 
 
-def _with(options: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="csm")
 def cli() -> None:
     """Calibration-aware semantic mixing: make data that says "this could be either", and train classifiers on it."""
 
 
+cli.add_command(bench)
+
+
 def _add_verb(verb: str, text: str) -> None:
     @cli.command(verb, help=text)
-    @_with(SHARED_OPTIONS)
+    @with_options(SHARED_OPTIONS)
     def command(**options: Any) -> None:
         _run_verb(verb, **options)
 
@@ -121,7 +94,7 @@ def _run_verb(
     result = run_verb(verb, resolved, workspace, address, line, forced)
     result["seconds"] = round(time.monotonic() - started, 3)
     if verb in ("run", "evaluate", "report") and result["metrics"]:
-        _print_table(results_table(resolved, Path(result["metrics"])))
+        print_table(results_table(resolved, Path(result["metrics"])))
     if verb in ("run", "report") and result["report"]:
         click.echo(f"report: {result['report']}")
     if as_json:
@@ -134,7 +107,7 @@ _add_verb("fit-generator", "Train the class-conditional diffusion model on the t
 
 @cli.command("import-generator")
 @click.argument("path", required=False)
-@_with(SHARED_OPTIONS)
+@with_options(SHARED_OPTIONS)
 def import_generator(path: str | None, overrides: tuple[str, ...], **options: Any) -> None:
     """Take over a diffusion model from PATH (instead of generator.path): an EDM .pkl or a folder of diffusers."""
     if path is not None:
@@ -152,14 +125,14 @@ _add_verb("run", "All of it: from the data to the report. What is already done i
 
 
 @cli.command(help="Write the mixed images, with the soft labels of an annotator, for other programs to read.")
-@_with(CONFIG_OPTIONS)
+@with_options(CONFIG_OPTIONS)
 @click.option("--format", required=True, help="image-folder, webdataset or huggingface (parquet).")
 @click.option("--annotator", default="teacher", show_default=True, help="Whose soft labels; none: the ratios alone.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="A new or empty folder.")
 @click.option(
     "--shard-rows", type=click.IntRange(min=1), default=10000, show_default=True, help="Images of one tar or parquet file."
 )
-@_with(OUTPUT_OPTIONS)
+@with_options(OUTPUT_OPTIONS)
 def export(
     config: str,
     overrides: tuple[str, ...],
@@ -209,79 +182,6 @@ def doctor(workspace: Path, address: str, as_json: bool, debug: bool) -> None:
         click.echo(json.dumps(findings))
     if findings["problems"]:
         raise SystemExit(1)
-
-
-@cli.group(help="Speed, as a ratio against a named baseline measured in the same run.")
-def bench() -> None: ...
-
-
-@bench.command(help="Mixing through Ray Data against a bare loop of the same work.")
-@click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Length of the bare loop.")
-@click.option(
-    "--shards", type=click.IntRange(min=1), default=200, show_default=True, help="Of the smaller plan, for the driver's memory."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def overhead(seconds: float, shards: int, as_json: bool, debug: bool) -> None:
-    from flows.bench.overhead import overhead as measure
-
-    _show_result(measure(seconds, shards), as_json)
-
-
-@bench.command(help="Writing a plan of millions of rows on one core, and reading one shard of it.")
-@click.option("--rows", type=click.IntRange(min=1), default=10_000_000, show_default=True, help="Images in the plan, at least.")
-@_with(OUTPUT_OPTIONS)
-def plan(rows: int, as_json: bool, debug: bool) -> None:
-    from flows.bench.plan import plan as measure
-
-    _show_result(measure(rows), as_json)
-
-
-@bench.command(help="Network evaluations that each solver needs to come as close to the exact solution as the paper's Heun-20.")
-@click.option("--workspace", type=click.Path(path_type=Path), help="Use its generator; else a small one is trained first.")
-@click.option("--rows", type=click.IntRange(min=1), default=120, show_default=True, help="Images to mix with each setting.")
-@_with(OUTPUT_OPTIONS)
-def solvers(workspace: Path | None, rows: int, as_json: bool, debug: bool) -> None:
-    from flows.bench.solvers import solvers as measure
-    from flows.bench.solvers import summary, table
-
-    result = measure(workspace, rows)
-    _print_table(table(result))
-    for line in summary(result):
-        click.echo(line)
-    if as_json:
-        click.echo(json.dumps(result))
-
-
-@bench.command(
-    help="Mixing with EDM's CIFAR-10 network against the original's way of working: images per second, and what bounds them."
-)
-@click.option(
-    "--workspace", type=click.Path(path_type=Path), help="Measure rounding on its generator; else a small one is trained."
-)
-@click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Length of the baseline, about.")
-@click.option("--compile", "compiled", is_flag=True, help="With torch.compile.")
-@_with(OUTPUT_OPTIONS)
-def mix(workspace: Path | None, seconds: float, compiled: bool, as_json: bool, debug: bool) -> None:
-    from flows.bench.mix import mixing_speed
-
-    _show_result(mixing_speed(workspace, seconds, compiled), as_json)
-
-
-def _show_result(result: dict[str, Any], as_json: bool) -> None:
-    for key, value in result.items():
-        click.echo(f"{key:<28}{value}")
-    if as_json:
-        click.echo(json.dumps(result))
-
-
-def _print_table(table: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=110)
-    console.print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

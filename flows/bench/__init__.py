@@ -1,1 +1,72 @@
 """bench: speed as a ratio against a named baseline, both measured in one run on this machine. One file for each benchmark."""
+
+import json
+from pathlib import Path
+
+import click
+
+from flows.options import OUTPUT_OPTIONS, print_table, show_result, with_options
+
+
+@click.group(help="Speed, as a ratio against a named baseline measured in the same run.")
+def bench() -> None: ...
+
+
+@bench.command(
+    short_help="What Ray costs, and the driver's memory.", help="Mixing through Ray Data against a bare loop of the same work."
+)
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Length of the bare loop.")
+@click.option(
+    "--shards", type=click.IntRange(min=1), default=200, show_default=True, help="Of the smaller plan, for the driver's memory."
+)
+@with_options(OUTPUT_OPTIONS)
+def overhead(seconds: float, shards: int, as_json: bool, debug: bool) -> None:
+    from flows.bench.overhead import overhead as measure
+
+    show_result(measure(seconds, shards), as_json)
+
+
+@bench.command(
+    short_help="A plan of 10 million images.", help="Writing a plan of millions of rows on one core, and reading one shard of it."
+)
+@click.option("--rows", type=click.IntRange(min=1), default=10_000_000, show_default=True, help="Images in the plan, at least.")
+@with_options(OUTPUT_OPTIONS)
+def plan(rows: int, as_json: bool, debug: bool) -> None:
+    from flows.bench.plan import plan as measure
+
+    show_result(measure(rows), as_json)
+
+
+@bench.command(
+    short_help="Evaluations that each solver needs.",
+    help="Network evaluations that each solver needs to come as close to the exact solution as the paper's Heun-20.",
+)
+@click.option("--workspace", type=click.Path(path_type=Path), help="Use its generator; else a small one is trained first.")
+@click.option("--rows", type=click.IntRange(min=1), default=120, show_default=True, help="Images to mix with each setting.")
+@with_options(OUTPUT_OPTIONS)
+def solvers(workspace: Path | None, rows: int, as_json: bool, debug: bool) -> None:
+    from flows.bench.solvers import solvers as measure
+    from flows.bench.solvers import summary, table
+
+    result = measure(workspace, rows)
+    print_table(table(result))
+    for line in summary(result):
+        click.echo(line)
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+@bench.command(
+    short_help="Speed of mixing, and what bounds it.",
+    help="Mixing with EDM's CIFAR-10 network against the original's way of working: images per second, and what bounds them.",
+)
+@click.option(
+    "--workspace", type=click.Path(path_type=Path), help="Measure rounding on its generator; else a small one is trained."
+)
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Length of the baseline, about.")
+@click.option("--compile", "compiled", is_flag=True, help="With torch.compile.")
+@with_options(OUTPUT_OPTIONS)
+def mix(workspace: Path | None, seconds: float, compiled: bool, as_json: bool, debug: bool) -> None:
+    from flows.bench.mix import mixing_speed
+
+    show_result(mixing_speed(workspace, seconds, compiled), as_json)

@@ -1,0 +1,61 @@
+"""Options that verbs of the command line share, and how they show their results."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+CONFIG_OPTIONS = (
+    click.option("--config", default="demo", show_default=True, help="Name of a bundled configuration, or a .yaml file."),
+    click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting, e.g. train.seeds=5; repeatable."
+    ),
+    click.option(
+        "--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True, help="Where all goes."
+    ),
+)
+OUTPUT_OPTIONS = (
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)
+SHARED_OPTIONS = (
+    *CONFIG_OPTIONS,
+    click.option(
+        "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
+    ),
+    click.option(
+        "--force", "forced", multiple=True, metavar="STAGE", help="Do a stage again though nothing changed; repeatable."
+    ),
+    *OUTPUT_OPTIONS,
+)
+
+
+def with_options(options: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that gives a command ``options``, in their order."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def show_result(result: Mapping[str, Any], as_json: bool) -> None:
+    """A line for each value, and with ``--json`` all of them as one object."""
+    for key, value in result.items():
+        click.echo(f"{key:<28}{value}")
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+def print_table(table: Any) -> None:
+    """A rich table, on a terminal in its width."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)
+    console.print(table)
