@@ -26,9 +26,7 @@ def overhead(seconds: float, shards: int, as_json: bool, debug: bool) -> None:
     show_result(measure(seconds, shards), as_json)
 
 
-@bench.command(
-    short_help="A plan of 10 million images.", help="Writing a plan of millions of rows on one core, and reading one shard of it."
-)
+@bench.command(short_help="A plan of 10 million images.", help="A plan of millions of rows on one core, and one shard of it.")
 @click.option("--rows", type=click.IntRange(min=1), default=10_000_000, show_default=True, help="Images in the plan, at least.")
 @with_options(OUTPUT_OPTIONS)
 def plan(rows: int, as_json: bool, debug: bool) -> None:
