@@ -49,7 +49,8 @@ class Tracker:
     def __init__(self, workspace: Path) -> None:
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs what it raises, with the traceback
+        for name in ("mlflow.store.db.utils", "sqlalchemy.pool"):  # they log what they raise, with the traceback; Ctrl-C too
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._index_path = workspace / "tracking.json"
         self._index: dict[str, dict[str, Any]] = storage.read_json(self._index_path) if self._index_path.is_file() else {}
         try:
