@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlparse
@@ -30,6 +32,7 @@ def session(address: str = "local", cpus: int | None = None) -> Iterator[None]:
         InputError: nothing answers at ``address``.
     """
     _quieten()
+    on_term = signal.getsignal(signal.SIGTERM)
     if address == "local":
         # Ray Data's own actors set off an error line about their constructor arguments (ray#53727) at every start. On a cluster the
         # native log stays as it is: there it alone says that the connection to the head was lost.
@@ -53,6 +56,8 @@ def session(address: str = "local", cpus: int | None = None) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"--address {address}: no Ray cluster can be joined there ({reason}); {_HINT}") from None
+    if callable(on_term) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_term)  # Ray put its own there, which aborts the process
     try:
         yield
     finally:

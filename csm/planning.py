@@ -44,7 +44,7 @@ class PlanConfig:
     ratios: Annotated[int, Field(ge=2, le=255)] | tuple[Annotated[float, Field(ge=0, le=1)], ...] = 8
     grid: Literal["uniform", "cosine", "beta"] = "uniform"
     alpha: float = Field(default=2.0, gt=0)
-    sets_per_pair: int = Field(default=4, ge=1)
+    sets_per_pair: int = Field(default=4, ge=1, le=1_000_000)
     shard_rows: int = Field(default=2048, ge=1)
     seed: int = Field(default=0, ge=0)
 

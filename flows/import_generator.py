@@ -4,6 +4,7 @@ from pathlib import Path
 
 from csm import storage
 from csm.datasets import RealDataset
+from csm.errors import InputError
 from csm.generators import load_generator
 from csm.generators.config import GeneratorConfig
 from csm.generators.importing import IMPORTERS, ImportOptions, detect
@@ -20,6 +21,9 @@ def import_generator(context: Context, record: StageRecord) -> Made:
     options = ImportOptions(info.class_names, config.classes, config.guidance, config.prompt)
     IMPORTERS[kind](Path(config.path), directory, options)
     generator = load_generator(directory)
+    if generator.network and not all(weight.isfinite().all() for weight in generator.network.parameters()):
+        (directory / "generator.json").unlink()
+        raise InputError(f"{config.path} has weights that are not finite: the model is damaged, import another one")
     parameters = sum(weight.numel() for weight in generator.network.parameters()) if generator.network else 0
     channels, height, width = generator.noise_shape
     low, high = generator.sigma_range
@@ -37,7 +41,9 @@ def kind_of_model(config: GeneratorConfig) -> str:
 
 
 def model_files(path: str) -> list[tuple[str, int]]:
-    """(relative name, bytes) of every file of the model at ``path``; nothing if it is not there any more."""
+    """(relative name, bytes) of every file of the model at ``path``; ``InputError`` if it is not there any more."""
     root = Path(path)
+    if not root.exists():
+        raise InputError(f"generator.path: {path} does not exist; put the model back where it was imported from")
     files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
     return [(file.relative_to(root).as_posix(), file.stat().st_size) for file in files]

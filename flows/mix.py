@@ -10,6 +10,8 @@ from typing import TextIO
 from cluster.mixing import AnnotateJob, MixJob, process_shards
 from cluster.shards import Receipt, finished_shards, part_path, plan_shards
 from csm.datasets import RealDataset
+from csm.generators import load_generator
+from csm.generators.conditioning import check_spherical
 from csm.mixing import evaluations_per_image
 from csm.planning import ratio_grid
 from flows.artifacts import StageRecord, Workspace
@@ -122,6 +124,12 @@ def remove_other_parts(directory: Path, rows: dict[int, int]) -> None:
                 path.unlink()
 
 
+def _check(context: Context) -> None:
+    """The generator must know the operator, which is known once it is there."""
+    if context.config.mix.operator == "slerp" and (context.workspace.generator / "generator.json").is_file():
+        check_spherical(load_generator(context.workspace.generator))
+
+
 def _outputs(workspace: Workspace, config: Config) -> list[Path]:
     return [part_path(workspace.mixed, shard) for shard in plan_shards(workspace.plan)] if workspace.plan.is_file() else []
 
@@ -132,6 +140,7 @@ STAGE = Stage(
     inputs=("prepare", "generator", "plan"),
     settings=lambda config: {"mix": asdict(config.mix)},
     outputs=_outputs,
+    check=_check,
     run=_run,
     costly=True,
 )

@@ -19,6 +19,7 @@ class Task:
     def __init__(self, name: str, total: int, done: int = 0) -> None:
         self.name, self.total, self.done, self.text = name, total, done, ""
         self._before, self._started = done, time.monotonic()
+        self._first: tuple[int, float] | None = None  # units made, and seconds, when the first ones came
 
     @property
     def made(self) -> int:
@@ -32,9 +33,19 @@ class Task:
     def rate(self) -> float:
         return self.made / self.seconds
 
+    @property
+    def left(self) -> float | None:
+        """Seconds that the rest takes at the pace since the first units came, which a start of workers delays; None until more have."""
+        if self._first is None or self.made == self._first[0] or self.done >= self.total:
+            return None
+        made, seconds = self._first
+        return (self.total - self.done) * (self.seconds - seconds) / (self.made - made)
+
     def advance(self, count: int = 1, text: str = "") -> None:
         """``count`` units more are done; ``text`` says what else is worth knowing."""
         self.done += count
+        if self._first is None and self.made:
+            self._first = (self.made, self.seconds)
         self.text = text or self.text
         self.show()
 
@@ -74,7 +85,7 @@ class _Lines(Task):
 
     def _line(self) -> None:
         self._shown, self._written = self.seconds, self._state()
-        left = f"  {_clock((self.total - self.done) / self.rate)} left" if self.made and self.done < self.total else ""
+        left = f"  {_clock(self.left)} left" if self.left is not None else ""
         print(f"{self._written}{left}  {self._shown:.0f} s", file=sys.stderr, flush=True)
 
 

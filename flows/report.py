@@ -134,7 +134,10 @@ def _data_samples(data: RealDataset) -> list[tuple[str, list[NDArray[np.uint8]]]
 
 
 def _generator_samples(workspace: Workspace, info: DatasetInfo) -> list[tuple[str, list[NDArray[np.uint8]]]]:
-    pictures = storage.read_tensors(workspace.generator / "samples.safetensors")["images"].permute(0, 2, 3, 1).numpy()
+    file = workspace.generator / "samples.safetensors"
+    if not file.is_file():  # of an imported generator, whose samples could take hours here
+        return []
+    pictures = storage.read_tensors(file)["images"].permute(0, 2, 3, 1).numpy()
     per_class = len(pictures) // info.n_classes
     return [(name, list(pictures[k * per_class : (k + 1) * per_class])) for k, name in enumerate(info.class_names)]
 

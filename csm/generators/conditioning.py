@@ -23,12 +23,17 @@ def slerp(generator: Generator, labels_a: torch.Tensor, labels_b: torch.Tensor, 
         InputError: the generator's condition is no vector of an embedding space: the weights of classes lie on no sphere, and their
             spherical mixture would not add up to one.
     """
+    check_spherical(generator)
+    return denoiser(generator, slerp_embeddings(generator.embed(labels_a), generator.embed(labels_b), lam))
+
+
+def check_spherical(generator: Generator) -> None:
+    """``InputError`` as for ``slerp``."""
     if not generator.spherical:
         raise InputError(
             "mix.operator: slerp needs a generator whose condition is an embedding, and this one's is a weight for each class: "
             "set it to embedding or score"
         )
-    return denoiser(generator, slerp_embeddings(generator.embed(labels_a), generator.embed(labels_b), lam))
 
 
 def score(generator: Generator, labels_a: torch.Tensor, labels_b: torch.Tensor, lam: torch.Tensor) -> Denoiser:

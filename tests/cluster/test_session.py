@@ -131,3 +131,23 @@ def test_local_starts_a_ray_of_its_own_and_stops_it(processes):
     finally:
         process.kill()
     assert processes.left(started, 15) == []
+
+
+def test_a_handler_of_sigterm_outlives_the_start_of_ray():
+    """Ray's own would abort the process; csm stops as after Ctrl-C."""
+    script = """
+import os, signal
+from cluster.session import session
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGTERM, interrupt)
+try:
+    with session("local", cpus=1):
+        os.kill(os.getpid(), signal.SIGTERM)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr

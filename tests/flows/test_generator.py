@@ -101,15 +101,53 @@ def test_a_model_is_imported_and_mixes(call, model, config, ray_address, one_thr
     assert json.loads((tmp_path / "w" / "generator" / "generator.json").read_text())["kind"] == kind
 
 
+@pytest.mark.slow
 @pytest.mark.ray
-def test_what_cannot_lie_on_a_sphere_is_refused(call, model, config, ray_address):
+def test_a_run_goes_from_an_imported_model_to_its_report(call, model, config, tmp_path):
+    options = ("--config", config("edm"), "--workspace", "w")
+    assert call("import-generator", model("edm"), *options)[0] == 0
+    small = ("--set", "train.seeds=1", "--set", "train.compare=[cross-entropy, csm]", "--set", "train.optimizer.epochs=2")
+    small = (*small, "--set", "train.optimizer.batch_size=4", "--set", "annotate.members=1")
+    code, said = call("run", "--config", "w/config.yaml", "--workspace", "w", *small)
+    assert code == 0, said
+    assert "generator: reused" in said
+    page = (tmp_path / "w" / "report.html").read_text()
+    assert "cat" in page
+
+
+def test_a_model_that_is_gone_or_damaged_is_named(call, model, config, tmp_path):
+    options = ("--config", config("edm"), "--workspace", "w")
+    assert call("import-generator", model("edm"), *options)[0] == 0
+    (tmp_path / "edm.pkl").rename(tmp_path / "moved.pkl")
+    for verb in ("mix", "run"):
+        code, said = call(verb, "--config", "w/config.yaml", "--workspace", "w")
+        assert code == 2
+        assert said.splitlines()[-1].startswith("csm: ")
+        assert f"{tmp_path / 'edm.pkl'} does not exist" in said.splitlines()[-1]
+
+
+def test_weights_that_are_not_finite_are_not_taken(call, config, edm_snapshot, tmp_path):
+    checkpoint = edm_snapshot("ddpmpp-edm")
+    next(iter(checkpoint.tensors.values())).view(-1)[0] = float("nan")
+    checkpoint.write(tmp_path / "nan.pkl")
+    code, said = call("import-generator", "nan.pkl", "--config", config("edm"), "--workspace", "w")
+    assert code == 2
+    assert "nan.pkl has weights that are not finite" in said.splitlines()[-1]
+    assert not (tmp_path / "w" / "generator" / "generator.json").exists()
+
+
+@pytest.mark.ray
+def test_what_cannot_lie_on_a_sphere_is_refused(call, model, config, ray_address, tmp_path):
     options = ("--config", config("edm", "slerp"), "--workspace", "w")
     call("import-generator", model("edm"), *options)
     resolved = ("--config", "w/config.yaml", "--workspace", "w", "--address", ray_address)
     call("plan", *resolved)
-    code, said = call("mix", *resolved)
+    (tmp_path / "w" / "mixed").mkdir()
+    (tmp_path / "w" / "mixed" / "part-00000000.parquet").touch()
+    code, said = call("mix", *resolved, "--force", "mix")
     assert code == 2
     assert said.splitlines()[-1].startswith("csm: mix.operator: slerp needs ")
+    assert (tmp_path / "w" / "mixed" / "part-00000000.parquet").exists()  # refused before anything is removed
 
 
 @pytest.mark.ray
