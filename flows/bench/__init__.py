@@ -13,36 +13,41 @@ def bench() -> None: ...
 
 
 @bench.command(
-    short_help="What Ray costs, and the driver's memory.", help="Mixing through Ray Data against a bare loop of the same work."
+    "overhead",
+    short_help="What Ray costs, and the driver's memory.",
+    help="Mixing through Ray Data against a bare loop of the same work.",
 )
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Length of the bare loop.")
 @click.option(
     "--shards", type=click.IntRange(min=1), default=200, show_default=True, help="Of the smaller plan, for the driver's memory."
 )
 @with_options(OUTPUT_OPTIONS)
-def overhead(seconds: float, shards: int, as_json: bool, debug: bool) -> None:
+def _overhead(seconds: float, shards: int, as_json: bool, debug: bool) -> None:
     from flows.bench.overhead import overhead as measure
 
     show_result(measure(seconds, shards), as_json)
 
 
-@bench.command(short_help="A plan of 10 million images.", help="A plan of millions of rows on one core, and one shard of it.")
+@bench.command(
+    "plan", short_help="A plan of 10 million images.", help="A plan of millions of rows on one core, and one shard of it."
+)
 @click.option("--rows", type=click.IntRange(min=1), default=10_000_000, show_default=True, help="Images in the plan, at least.")
 @with_options(OUTPUT_OPTIONS)
-def plan(rows: int, as_json: bool, debug: bool) -> None:
+def _plan(rows: int, as_json: bool, debug: bool) -> None:
     from flows.bench.plan import plan as measure
 
     show_result(measure(rows), as_json)
 
 
 @bench.command(
+    "solvers",
     short_help="Evaluations that each solver needs.",
     help="Network evaluations that each solver needs to come as close to the exact solution as the paper's Heun-20.",
 )
 @click.option("--workspace", type=click.Path(path_type=Path), help="Use its generator; else a small one is trained first.")
 @click.option("--rows", type=click.IntRange(min=1), default=120, show_default=True, help="Images to mix with each setting.")
 @with_options(OUTPUT_OPTIONS)
-def solvers(workspace: Path | None, rows: int, as_json: bool, debug: bool) -> None:
+def _solvers(workspace: Path | None, rows: int, as_json: bool, debug: bool) -> None:
     from flows.bench.solvers import solvers as measure
     from flows.bench.solvers import summary, table
 
@@ -55,6 +60,7 @@ def solvers(workspace: Path | None, rows: int, as_json: bool, debug: bool) -> No
 
 
 @bench.command(
+    "mix",
     short_help="Speed of mixing, and what bounds it.",
     help="Mixing with EDM's CIFAR-10 network against the original's way of working: images per second, and what bounds them.",
 )
@@ -64,7 +70,7 @@ def solvers(workspace: Path | None, rows: int, as_json: bool, debug: bool) -> No
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=60.0, show_default=True, help="Length of the baseline, about.")
 @click.option("--compile", "compiled", is_flag=True, help="With torch.compile.")
 @with_options(OUTPUT_OPTIONS)
-def mix(workspace: Path | None, seconds: float, compiled: bool, as_json: bool, debug: bool) -> None:
+def _mix(workspace: Path | None, seconds: float, compiled: bool, as_json: bool, debug: bool) -> None:
     from flows.bench.mix import mixing_speed
 
     show_result(mixing_speed(workspace, seconds, compiled), as_json)

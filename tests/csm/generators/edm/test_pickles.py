@@ -74,7 +74,7 @@ def test_a_call_of_a_dangerous_function_is_refused_and_named(protocol: int) -> N
         (Call(eval, "open('side-effect', 'w')"), "builtins.eval"),
         (Call(__import__, "os"), "builtins.__import__"),
         (Call(getattr, Call(__import__, "os"), "system"), "builtins.getattr"),
-        (Call(map, print, [1]), "builtins.map"),
+        (Call(map, abs, [1]), "builtins.map"),
         (Call(np.save, "side-effect", np.zeros(1)), "numpy.save"),
         (Call(torch.save, 1, "side-effect"), "torch.serialization.save"),
         (Call(torch.load, "net.pkl"), "torch.serialization.load"),
