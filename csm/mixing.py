@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from csm import sampling, tables
+from csm.errors import InputError
 from csm.generators import Generator
 from csm.generators.conditioning import OPERATORS, denoiser, evaluations
 from csm.micro_batches import in_micro_batches
@@ -37,8 +38,8 @@ def mix(
         The `mixed` table, one row for each plan row, in the same order.
 
     Raises:
-        InputError: the operator cannot be used with this generator.
-        FloatingPointError: the generator gave pixels that are not finite, which as uint8 would pass for black.
+        InputError: the operator cannot be used with this generator, or it gave pixels that are not finite, which as uint8 would pass for
+            black.
         InputError: the memory of the device does not hold a single row.
     """
     return start_mixing(plan, generator, shape, sampler, batch_size, operator)()
@@ -121,7 +122,7 @@ def _arrived(batches: Sequence[_Batch], copied: torch.cuda.Event | None) -> torc
     if copied is not None:
         copied.synchronize()
     if not all(batch.finite for batch in batches):
-        raise FloatingPointError("mixing: the generator gave pixels that are not finite: fit it again or import another one")
+        raise InputError("mixing: the generator gave pixels that are not finite: fit it again or import another one")
     return torch.cat([batch.images for batch in batches])
 
 

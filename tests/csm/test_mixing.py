@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from csm import tables
+from csm.errors import InputError
 from csm.generators.conditioning import OPERATORS
 from csm.generators.unet import UNetGenerator, UNetSpec
 from csm.mixing import evaluations_per_image, fit_to, mix, sample, to_uint8
@@ -177,7 +178,7 @@ def test_levels_are_rounded_and_clipped() -> None:
 
 
 def test_a_generator_that_gives_no_numbers_stops_the_mixing() -> None:
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(InputError, match="not finite: fit it again or import another one"):
         mix(plan(), Broken(), SHAPE, SAMPLER)
 
 
