@@ -59,6 +59,11 @@ def annotations(n_classes: int) -> Schema:
     return {"mix_id": pl.String(), "lam_raw": pl.Float32(), "log_posterior": pl.Array(pl.Float32(), n_classes)}
 
 
+def features(size: int) -> Schema:
+    """Columns of ``annotators/encoders/ENCODER/part-*``, real images only."""
+    return {"image_id": pl.UInt32(), "split": SPLIT, "label": pl.UInt16(), "feature": pl.Array(pl.Float32(), size)}
+
+
 def predictions(n_classes: int) -> Schema:
     """Columns of ``runs/RUN/predictions.parquet``."""
     return {

@@ -1,20 +1,71 @@
-"""Encoders: images uint8 (N, C, H, W) -> features float32 (N, F), frozen."""
+"""Encoders: frozen models that turn images into numbers. By name; each image goes through each of them once."""
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import NamedTuple, Protocol
 
+import polars as pl
 import torch
 
-from csm.classifiers import load_classifier
+from csm import tables
+from csm.encoders.classifier import load_penultimate, load_teacher
+from csm.encoders.features import FeatureTable
+from csm.encoders.pixels import load_pixels
+from csm.encoders.sources import Sources
+from csm.errors import InputError
 
-Encoder = Callable[[torch.Tensor], torch.Tensor]
+BATCH = 512  # images that go through an encoder together
 
 
-def classifier_features(directory: Path) -> Encoder:
-    """The penultimate layer of the classifier saved in ``directory``."""
-    return load_classifier(directory).features
+class Encoder(Protocol):
+    """Images uint8 (N, C, H, W) -> features float32 (N, F), on the device of both; a row's features depend on that image alone."""
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor: ...
+
+    def to(self, device: torch.device) -> "Encoder": ...
 
 
-ENCODERS: dict[str, Callable[[Path], Encoder]] = {"classifier": classifier_features}
+class EncoderKind(NamedTuple):
+    """How an encoder is made.
 
-__all__ = ["ENCODERS", "Encoder", "classifier_features"]
+    Attributes:
+        load: ``load(sources, **parameters)``, its settings are the simple arguments (``csm.parameters``).
+        fit: ``fit(sources, batches, **parameters)`` comes first and writes to ``sources.fitted``; ``batches()`` iterates over the
+            training images uint8 (N, C, H, W), anew with each call. None if there is nothing to fit. Same settings as ``load``.
+        needs: fields of ``Sources`` that it reads.
+    """
+
+    load: Callable[..., Encoder]
+    fit: Callable[..., None] | None = None
+    needs: tuple[str, ...] = ()
+
+
+ENCODERS: dict[str, EncoderKind] = {
+    "pixels": EncoderKind(load_pixels),
+    "classifier": EncoderKind(load_penultimate, needs=("members",)),
+    "teacher": EncoderKind(load_teacher, needs=("members",)),
+}
+
+
+@torch.no_grad()
+def encode(encoder: Encoder, images: torch.Tensor, device: str = "cpu") -> torch.Tensor:
+    """Features float32 (N, F), on ``device`` like ``encoder``, of images uint8 (N, C, H, W), in batches.
+
+    Raises:
+        InputError: a feature is not finite.
+    """
+    features = torch.cat([encoder(batch.to(device)).float() for batch in images.split(BATCH)])
+    if not features.isfinite().all():
+        row = int((~features.isfinite().all(dim=1)).nonzero()[0])
+        raise InputError(f"encoder: the feature of image {row} of {len(images)} is not finite: check the encoder's weights")
+    return features
+
+
+def encode_table(encoder: Encoder, real: pl.DataFrame, shape: tuple[int, int, int], device: str = "cpu") -> pl.DataFrame:
+    """The `features` table of rows of the `real` table; ``shape`` is (H, W, C)."""
+    features = encode(encoder, tables.to_images(real["image"], shape), device).cpu()
+    schema = tables.features(features.shape[1])
+    column = pl.Series("feature", features.numpy(), dtype=schema["feature"])
+    return tables.check(real.select("image_id", "split", "label").with_columns(column), schema, "features")
+
+
+__all__ = ["ENCODERS", "Encoder", "EncoderKind", "FeatureTable", "Sources", "encode", "encode_table"]

@@ -1,0 +1,134 @@
+"""Annotators: an encoder's features and a head, or an ensemble of such; what they say of mixed images as a table."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+
+from csm import tables
+from csm.encoders import Encoder, encode
+from csm.errors import InputError
+from csm.reannotation.ensemble import load_ensemble
+from csm.reannotation.registry import HEADS
+
+
+@dataclass(frozen=True)
+class AnnotatorSpec:
+    """Where a fitted annotator lies.
+
+    Attributes:
+        name: of the annotator.
+        kind: of its head, a key of ``HEADS``; or "ensemble".
+        directory: what was fitted, on storage that every node sees.
+        encoder: name of its encoder; None for heads that read no features, and for ensembles.
+        members: of an ensemble, fitted and calibrated.
+    """
+
+    name: str
+    kind: str
+    directory: Path
+    encoder: str | None = None
+    members: tuple["AnnotatorSpec", ...] = ()
+
+    @property
+    def encoders(self) -> frozenset[str]:
+        """Names of the encoders whose features it needs."""
+        own = frozenset() if self.encoder is None else frozenset({self.encoder})
+        return own.union(*(member.encoders for member in self.members))
+
+
+class Annotator:
+    """A fitted annotator, ready on a device."""
+
+    def __init__(self, spec: AnnotatorSpec, device: str = "cpu") -> None:
+        self.spec = spec
+        self.pair = spec.kind in HEADS and HEADS[spec.kind].pair
+        if spec.kind == "ensemble":
+            self.head: Any = load_ensemble(spec.directory)
+            self.members = [Annotator(member, device) for member in spec.members]
+        else:
+            self.head = HEADS[spec.kind].load(spec.directory)
+        self.head.to(torch.device(device))
+
+    @torch.no_grad()
+    def log_posterior(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Log-posterior (N, K) before calibration, or None for an annotator that knows only the pair; ``features`` by encoder."""
+        if self.pair:
+            return None
+        if self.spec.kind == "ensemble":
+            pooled: torch.Tensor = self.head([member.log_posterior(features) for member in self.members])
+            return pooled
+        posterior: torch.Tensor = self.head(features[self.spec.encoder or ""])
+        return posterior
+
+    @torch.no_grad()
+    def annotate(
+        self, features: Mapping[str, torch.Tensor], class_a: torch.Tensor, class_b: torch.Tensor, lam: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Share of class a among the pair, unclipped (N,), and the log-posterior (N, K) before calibration, or None.
+
+        ``class_a`` and ``class_b`` int64 (N,), ``lam`` float32 (N,), on the annotator's device like ``features``.
+        """
+        posterior = self.log_posterior(features)
+        if posterior is None:
+            own = features[self.spec.encoder] if self.spec.encoder else None
+            return self.head.share(own, class_a, class_b, lam), None
+        row = torch.arange(len(posterior), device=posterior.device)
+        return torch.sigmoid(posterior[row, class_a] - posterior[row, class_b]), posterior
+
+
+def annotate(
+    plan: pl.DataFrame,
+    mixed: pl.DataFrame,
+    annotators: Mapping[str, Annotator],
+    encoders: Mapping[str, Encoder],
+    shape: tuple[int, int, int],
+    n_classes: int,
+    device: str = "cpu",
+) -> dict[str, pl.DataFrame]:
+    """Annotate mixed images; each goes through each encoder once, whatever the number of annotators.
+
+    Args:
+        plan: rows of the `plan` table, among them those of every mixed image.
+        mixed: rows of the `mixed` table; without the column ``image`` if no annotator has an encoder.
+        annotators: by name, on ``device``.
+        encoders: those of the annotators by name, on ``device``.
+        shape: (H, W, C).
+        n_classes: K.
+        device: for torch.
+
+    Returns:
+        For each annotator the `annotations` table, one row for each row of ``mixed``, in the same order.
+
+    Raises:
+        InputError: a mixed image is not in the plan, or a feature or what an annotator says is not finite.
+    """
+    rows = mixed.select("mix_id").join(
+        plan.select("mix_id", "class_a", "class_b", "lam"), on="mix_id", how="left", maintain_order="left"
+    )
+    if rows["class_a"].null_count():
+        raise InputError("annotate: a mixed image is not in the plan: its part file belongs to another plan")
+    class_a, class_b = (torch.tensor(rows[name].to_list(), dtype=torch.int64, device=device) for name in ("class_a", "class_b"))
+    lam = torch.tensor(rows["lam"].to_list(), dtype=torch.float32, device=device)
+    needed = frozenset[str]().union(*(annotator.spec.encoders for annotator in annotators.values()))
+    images = tables.to_images(mixed["image"], shape) if needed else torch.empty(0)
+    features = {name: encode(encoders[name], images, device) for name in sorted(needed)}
+    schema = tables.annotations(n_classes)
+    frames = {}
+    for name, annotator in annotators.items():
+        share, posterior = annotator.annotate(features, class_a, class_b, lam)
+        if posterior is not None and posterior.shape[1] != n_classes:
+            raise InputError(f"annotator {name} knows {posterior.shape[1]} classes, the data has {n_classes}: fit it again")
+        column = [None] * len(rows) if posterior is None else posterior.float().cpu().numpy()
+        frame = pl.DataFrame(
+            {
+                "mix_id": rows["mix_id"],
+                "lam_raw": share.float().cpu().numpy(),
+                "log_posterior": pl.Series(column, dtype=schema["log_posterior"]),
+            }
+        )
+        frames[name] = tables.check(frame, schema, "annotations")
+    return frames
