@@ -20,7 +20,7 @@ from pyarrow import parquet
 
 from csm import tables
 from csm.errors import InputError
-from csm.reannotation import Calibration
+from csm.reannotation import Calibration, describe
 from csm.storage import replacing, write_text
 
 WORK = ".csm-export"  # folder of what is needed only until the export is whole
@@ -243,14 +243,8 @@ def _describe_labels(card: Card) -> list[str]:
     """What the soft labels are, as items of the dataset card."""
     if card.calibration is None:
         return []
-    if card.calibration.temperature is None:
-        how = f"of the two classes alone, with scale s = {card.calibration.scale:g}"
-    else:
-        how = (
-            f"of all classes, at temperature {card.calibration.temperature:.4g}, fitted on {card.calibration.images} real images"
-        )
     return [
-        f"- `soft_label`: probabilities {how}, by annotator `{card.annotator}`.",
+        f"- `soft_label`: probabilities {describe(card.calibration)}, by annotator `{card.annotator}`.",
         "- `label`: the class of the largest probability.",
     ]
 

@@ -23,7 +23,7 @@ GREY, COLOUR = (5, 4, 1), (4, 6, 3)
 
 
 def card(form, shape, total, annotator="teacher"):
-    calibration = Calibration(4.0, 2.0, 30, 1.0, 0.9) if annotator else None
+    calibration = Calibration("temperature", images=30, nll_before=1.0, nll_after=0.9, temperature=2.0) if annotator else None
     return Card("9.9", form, total, 8, "tiny", "pets", shape, NAMES, "unet", {}, {}, annotator, calibration, {"mix": "abc"})
 
 
@@ -96,7 +96,9 @@ def check_row(row, planned, label):
 
 def test_rows_are_joined_by_mix_id_in_the_order_of_the_plan(made):
     plan, pixels, mixed, annotations = made(GREY)
-    labels = soft_labels(plan, annotations, 3, Calibration(4.0, 2.0)).sample(fraction=1, shuffle=True, seed=3)
+    labels = soft_labels(plan, annotations, 3, Calibration("temperature", temperature=2.0)).sample(
+        fraction=1, shuffle=True, seed=3
+    )
     table = rows(plan, mixed, labels, NAMES)
     assert table["mix_id"].equals(plan["mix_id"])
     assert table.columns == ["mix_id", "class_a", "class_b", "name_a", "name_b", "lam", "label", "soft_label", "image"]
@@ -115,7 +117,7 @@ def test_rows_without_labels_have_the_ratio_alone(made):
 
 def test_a_missing_image_or_label_is_counted(made):
     plan, _, mixed, annotations = made(GREY)
-    labels = soft_labels(plan, annotations, 3, Calibration(4.0))
+    labels = soft_labels(plan, annotations, 3, Calibration("temperature", temperature=2.0))
     for some, all_ in ((mixed[2:], labels), (mixed, labels[:-2])):
         with pytest.raises(
             InputError, match=r"^shard 7: 2 of 18 planned images are not mixed and annotated: remove its part files"
@@ -125,7 +127,7 @@ def test_a_missing_image_or_label_is_counted(made):
 
 def test_an_image_or_label_that_stands_twice_is_refused(made):
     plan, _, mixed, annotations = made(GREY)
-    labels = soft_labels(plan, annotations, 3, Calibration(4.0))
+    labels = soft_labels(plan, annotations, 3, Calibration("temperature", temperature=2.0))
     for images, all_ in ((pl.concat([mixed, mixed[:1]]), labels), (mixed, pl.concat([labels, labels[:1]]))):
         with pytest.raises(InputError, match=r"^plan: some mixed images or annotations stand twice"):
             rows(plan, images, all_, NAMES)
@@ -283,7 +285,9 @@ def test_the_dataset_card_says_how_it_was_made(made, tmp_path):
     assert "of all classes, at temperature 2, fitted on 30 real images" in text
 
 
-@pytest.mark.parametrize(("calibration", "words"), [(Calibration(4.0), "with scale s = 4, by annotator `x`"), (None, "")])
+@pytest.mark.parametrize(
+    ("calibration", "words"), [(Calibration("scale", pair=True, scale=4.0), "with scale s = 4, by annotator `x`"), (None, "")]
+)
 def test_the_dataset_card_without_a_posterior(calibration, words, tmp_path):
     about = replace(card("huggingface", COLOUR, 0), annotator="x" if calibration else None, calibration=calibration)
     FORMATS["huggingface"].finish(tmp_path, [], about)

@@ -51,7 +51,7 @@ def write_mixed(root: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
             pl.Series("log_posterior", np.array(posterior, dtype=np.float32), dtype=pl.Array(pl.Float32, 3)),
         )
         tables.write(annotations, root / "annotations" / f"part-{shard:08d}.parquet", tables.annotations(3))
-    storage.write_json(root / "calibration.json", asdict(Calibration(4.0, 1.5)))
+    storage.write_json(root / "calibration.json", asdict(Calibration("temperature", temperature=1.5)))
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,10 @@ from flows.run import STAGES
 from flows.stages import Context, Made, run_stage
 
 SHAPE, NAMES = (6, 5, 3), ("black cat", "dog/wolf", "größe")
-CALIBRATIONS = {"projection": Calibration(4.0), "teacher": Calibration(4.0, 1.7, 30, 1.0, 0.9)}
+CALIBRATIONS = {
+    "projection": Calibration("scale", pair=True, scale=4.0),
+    "teacher": Calibration("temperature", images=30, nll_before=1.0, nll_after=0.9, temperature=1.7),
+}
 SETTINGS = ("plan.ratios=3", "plan.sets_per_pair=5", "plan.shard_rows=7")  # 45 rows in 8 shards of 6 (the last has 3)
 
 
