@@ -11,10 +11,12 @@ from csm.reannotation.calibrators import (
     held_out_shares,
     soft_labels,
 )
+from csm.reannotation.ensemble import fit_ensemble, fit_ensemble_calibration, load_ensemble
 from csm.reannotation.heads import FitInputs, HeadKind
 from csm.reannotation.registry import HEADS
 
 __all__ = [
     "CALIBRATORS", "HEADS", "Annotator", "AnnotatorSpec", "Calibration", "FitInputs", "HeadKind", "annotate", "apply_calibration",
-    "choose", "describe", "fit_calibration", "held_out_shares", "soft_labels",
+    "choose", "describe", "fit_calibration", "fit_ensemble", "fit_ensemble_calibration", "held_out_shares", "load_ensemble",
+    "soft_labels",
 ]  # fmt: skip

@@ -177,6 +177,13 @@ def apply_calibration(log_posterior: Tensor, calibration: Calibration) -> Tensor
     return apply(log_posterior.double(), calibration)
 
 
+def refit(calibration: Calibration, log_posterior: Tensor, labels: Tensor) -> Calibration:
+    """The same calibrator fitted on other held-out images of a posterior head, not measured."""
+    fit = find_calibrator(calibration.calibrator).fit_posterior
+    assert fit is not None
+    return fit(log_posterior, labels)
+
+
 def choose(candidates: Mapping[str, Calibration]) -> tuple[str, str]:
     """The annotator of least cross-fitted NLL on held-out real images, ties to the earlier one; and why, in one line.
 
