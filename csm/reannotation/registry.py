@@ -4,9 +4,11 @@ from csm.reannotation.heads import HeadKind
 from csm.reannotation.posterior import fit_posterior, load_posterior
 from csm.reannotation.projection import fit_projection, load_projection
 from csm.reannotation.ratio import fit_ratio, load_ratio
+from csm.reannotation.zero_shot import fit_zero_shot, load_zero_shot
 
 HEADS: dict[str, HeadKind] = {
     "ratio": HeadKind(fit_ratio, load_ratio, pair=True, encoder=False),
     "projection": HeadKind(fit_projection, load_projection, pair=True),
     "posterior": HeadKind(fit_posterior, load_posterior),
+    "zero-shot": HeadKind(fit_zero_shot, load_zero_shot),
 }
