@@ -10,11 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from csm.errors import InputError
 
@@ -30,6 +27,8 @@ def find_folder(path: str) -> Path:
     Raises:
         InputError: there is no such folder, and the model cannot be fetched.
     """
+    from huggingface_hub import snapshot_download  # it and transformers take seconds to import; only who needs them pays
+
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -120,6 +119,8 @@ def read_tokenizer(folder: Path) -> Any:
     Raises:
         InputError: a file is missing or damaged.
     """
+    from transformers import CLIPTokenizer
+
     # Without its files transformers makes a tokenizer to which every word is unknown, and says nothing.
     if not (folder / "tokenizer.json").exists() and not ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
         raise InputError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
@@ -134,6 +135,8 @@ def read_tokenizer(folder: Path) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars and tables of transformers: what is wrong is raised."""
+    from transformers.utils import logging as transformers_logging
+
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

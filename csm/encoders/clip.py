@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 from csm.encoders.preprocessing import read_preprocessing
 from csm.encoders.sources import Sources
@@ -41,6 +40,8 @@ def load_clip(sources: Sources, path: str = CLIP, precision: str = "auto") -> Vi
     Raises:
         InputError: there is no such model, a file is missing or damaged, or the model is of another kind.
     """
+    from transformers import CLIPModel, CLIPVisionModelWithProjection  # takes seconds; only who needs it pays
+
     folder = find_folder(path)
     model = _read(folder, {"clip": CLIPModel, "clip_vision_model": CLIPVisionModelWithProjection})
     config = model.vision_model.config
@@ -59,6 +60,8 @@ def encode_texts(path: str, texts: Sequence[str]) -> tuple[torch.Tensor, float]:
     Raises:
         InputError: as ``load_clip``; or a text is longer than the model reads.
     """
+    from transformers import CLIPModel
+
     folder = find_folder(path)
     tokenizer = read_tokenizer(folder)
     model = _read(folder, {"clip": CLIPModel})

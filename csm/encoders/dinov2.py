@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from transformers import Dinov2Model
 
 from csm.encoders.preprocessing import read_preprocessing
 from csm.encoders.sources import Sources
@@ -38,6 +37,8 @@ def load_dinov2(sources: Sources, path: str = "facebook/dinov2-base", precision:
     Raises:
         InputError: there is no such model, a file is missing or damaged, or the model is of another kind.
     """
+    from transformers import Dinov2Model  # takes seconds; only who needs it pays
+
     folder = find_folder(path)
     file = folder / "config.json"
     name = read_config(file).get("model_type")

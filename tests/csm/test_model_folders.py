@@ -5,13 +5,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import UNet2DModel
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from csm import model_folders
 from csm.errors import InputError
 from csm.model_folders import find_folder, read_config, read_model, write_model
 
@@ -205,7 +205,7 @@ class Hub:
 
 
 def fetched(hub: Hub, path: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(model_folders, "snapshot_download", hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     assert find_folder(path) == hub.folder
     return sorted(file.name for file in hub.folder.iterdir())
 
@@ -238,7 +238,7 @@ def test_weights_as_a_pickle_come_only_if_there_are_no_others(tmp_path: Path, mo
 
 def test_a_local_folder_is_taken_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(tmp_path / "cache")
-    monkeypatch.setattr(model_folders, "snapshot_download", hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert find_folder("owner/name") == Path("owner/name")
@@ -247,7 +247,7 @@ def test_a_local_folder_is_taken_first(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_without_a_connection_the_user_is_told_to_give_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_folders, "snapshot_download", Hub(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(tmp_path))
     with pytest.raises(
         InputError, match=r"no folder a/b, and the .* hub does not give .* \(LocalEntryNotFoundError\).* folder$"
     ) as caught:
