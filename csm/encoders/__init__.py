@@ -9,6 +9,7 @@ import torch
 from csm import tables
 from csm.encoders.classifier import load_penultimate, load_teacher
 from csm.encoders.features import FeatureTable
+from csm.encoders.generative import load_generator_posterior, load_true_posterior
 from csm.encoders.pixels import load_pixels
 from csm.encoders.sources import Sources
 from csm.errors import InputError
@@ -43,6 +44,8 @@ ENCODERS: dict[str, EncoderKind] = {
     "pixels": EncoderKind(load_pixels),
     "classifier": EncoderKind(load_penultimate, needs=("members",)),
     "teacher": EncoderKind(load_teacher, needs=("members",)),
+    "generator": EncoderKind(load_generator_posterior, needs=("generator",)),
+    "truth": EncoderKind(load_true_posterior, needs=("truth",)),
 }
 
 
