@@ -182,7 +182,7 @@ def test_a_value_out_of_range_is_refused(override):
         ("train.compare=[csm, nope]", "train.compare: unknown 'nope'; one of cross-entropy, label-smoothing,"),
         ("annotate.annotator=nope", "annotate.annotator: unknown 'nope'; one of auto, ratio, projection,"),
         ("annotate.annotators.lda.head=nope", "annotate.annotators.lda.head: unknown 'nope'; one of ratio, projection,"),
-        ("annotate.annotators.lda.encoder=nope", "annotate.annotators.lda.encoder: unknown 'nope'; one of pixels, classifier,"),
+        ("annotate.annotators.lda.encoder=nope", "annotate.annotators.lda.encoder: unknown 'nope'; one of pixels, pca,"),
         ("annotate.encoders.new={kind: nope}", "annotate.encoders.new.kind: unknown 'nope'; one of pixels,"),
         ("train.methods.csm.mixed.loss=nope", "train.methods.csm.mixed.loss: unknown 'nope'; one of "),
         (
