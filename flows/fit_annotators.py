@@ -59,8 +59,8 @@ class _Mark:
 
 def annotators(workspace: Workspace, config: Config) -> tuple[str, ...]:
     """Names of the annotators that are run; the one that was chosen stands for "auto", nothing before one was."""
-    names = (resolve(workspace, name) for name in config.annotators if name != AUTO or workspace.choice.is_file())
-    return tuple(dict.fromkeys(names))
+    names = [resolve(workspace, name) for name in config.annotators if name != AUTO or workspace.choice.is_file()]
+    return tuple(dict.fromkeys(name for name in names if name in config.annotate.annotators))  # one chosen once may be gone
 
 
 def resolve(workspace: Workspace, name: str) -> str:

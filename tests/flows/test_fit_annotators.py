@@ -291,6 +291,20 @@ def test_outputs_are_those_of_what_is_run(fit: Fit, root: Path) -> None:
     assert ("lda/annotator.json" in paths) == (chosen == "lda")  # a candidate that was not chosen may lack
 
 
+def test_a_choice_that_is_not_defined_any_more_is_made_anew(fit: Fit) -> None:
+    new = "annotate.annotators.new={head: lda, encoder: classifier}"
+    assert annotators(*both(fit("annotate.annotator=auto", "annotate.candidates=[new]", new))) == ("projection", "new")
+    config = load_config("demo", [COMPARE, "annotate.annotator=auto", "annotate.candidates=[teacher]"])
+    workspace = both(fit())[0]
+    assert annotators(workspace, config) == ("projection",)
+    assert all("new" not in path.parts for path in STAGE.outputs(workspace, config))
+    assert annotators(*both(fit("annotate.annotator=auto", "annotate.candidates=[teacher]"))) == ("projection", "teacher")
+
+
+def both(context: Context) -> tuple[Workspace, Any]:
+    return context.workspace, context.config
+
+
 def test_definitions_that_are_not_used_do_not_call_it_out_of_date() -> None:
     settings = STAGE.settings(load_config("demo"))
     assert STAGE.settings(load_config("demo", ["annotate.annotators.knn=null", "annotate.encoders.dinov2=null"])) == settings
