@@ -35,7 +35,7 @@ def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits.double() / temperature, dim=-1)
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def fit_temperature(logits: Tensor, labels: Tensor, quiet: bool = False) -> float:
     """The temperature T in [0.01, 100] of least NLL of ``softmax(logits / T)`` (Guo et al., sec. 4.2).
 
     The search runs over log T, so T is positive, by L-BFGS with a strong Wolfe line search, in float64. The
@@ -52,32 +52,35 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     Args:
         logits: (N, K) of held-out samples, floating point, finite; N >= 1, K >= 2.
         labels: (N,), integer, in 0..K-1.
+        quiet: log nothing above debug level, for a caller that only compares fits.
 
     Raises:
         ValueError: an argument is out of range or shapes do not match.
     """
     check_logits(logits, labels)
+    level = logging.DEBUG if quiet else logging.WARNING
     z = logits.detach().double()
     z = z - z.amax(dim=1, keepdim=True)  # <= 0, and 0 exactly where a logit is the highest of its row
     z_label = z.gather(1, labels.long()[:, None]).squeeze(1)  # (N,)
 
     if not bool(z.any()):
-        logger.warning("temperature cannot be fitted: the logits of each row are all equal; using 1.0")
+        logger.log(level, "temperature cannot be fitted: the logits of each row are all equal; using 1.0")
         return 1.0
     low, high = math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)
     # Tested on the logits, not by the slope: the slope of a saturated softmax underflows to 0 at both ends.
     if not bool(z_label.any()):
-        logger.warning(
+        logger.log(
+            level,
             "temperature clamped to %g: all %d predictions are correct, which says nothing on T",
             MIN_TEMPERATURE,
             len(z),
         )
         return MIN_TEMPERATURE
     if _nll(z, z_label, low)[1] >= 0:
-        logger.warning("temperature clamped to %g: the NLL is lowest at or below it", MIN_TEMPERATURE)
+        logger.log(level, "temperature clamped to %g: the NLL is lowest at or below it", MIN_TEMPERATURE)
         return MIN_TEMPERATURE
     if _nll(z, z_label, high)[1] <= 0:
-        logger.warning("temperature clamped to %g: the NLL is lowest at or above it", MAX_TEMPERATURE)
+        logger.log(level, "temperature clamped to %g: the NLL is lowest at or above it", MAX_TEMPERATURE)
         return MAX_TEMPERATURE
 
     u = torch.zeros(1, dtype=torch.float64)  # log T

@@ -7,7 +7,7 @@ from torch import nn
 
 from csm import storage
 from csm.reannotation.heads import FitInputs
-from csm.reannotation.prototypes import class_prototypes, project
+from csm.reannotation.prototypes import check_distinct, class_prototypes, project
 
 
 class Projection(nn.Module):
@@ -27,8 +27,13 @@ class Projection(nn.Module):
 
 
 def fit_projection(directory: Path, inputs: FitInputs) -> None:
-    """Keep the prototypes of the training images in ``directory``."""
+    """Keep the prototypes of the training images in ``directory``.
+
+    Raises:
+        InputError: a class has no training image, a feature is not finite, or the prototypes of two classes coincide.
+    """
     prototypes = class_prototypes(inputs.features.batches("train"), inputs.n_classes)
+    check_distinct(prototypes)
     storage.write_tensors(directory / "prototypes.safetensors", {"prototypes": prototypes})
 
 

@@ -1,30 +1,29 @@
 """Class prototypes: the mean feature of each class's real images."""
 
-from collections.abc import Iterable
-
 import torch
 
 from csm.errors import InputError
+from csm.reannotation.moments import Batches, class_means
 
 
-def class_prototypes(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], n_classes: int) -> torch.Tensor:
+def class_prototypes(batches: Batches, n_classes: int) -> torch.Tensor:
     """Mean feature of each class, float32 (K, F), as a running sum in float64 over batches (features (N, F), labels int64 (N,)).
 
     Raises:
         InputError: a class has no image, or a feature is not finite.
     """
-    total: torch.Tensor | None = None
-    counts = torch.zeros(n_classes, dtype=torch.float64)
-    for features, labels in batches:
-        if not features.isfinite().all():
-            raise InputError("prototypes: a feature of a real image is not finite: check the encoder and the images")
-        if total is None:
-            total = torch.zeros(n_classes, features.shape[1], dtype=torch.float64)
-        total.index_add_(0, labels, features.double())
-        counts += torch.bincount(labels, minlength=n_classes)
-    if total is None or (counts == 0).any():
-        raise InputError(f"prototypes: class {int((counts == 0).nonzero()[0])} has no training image")
-    return (total / counts[:, None]).float()
+    return class_means(batches, n_classes, "prototypes")[1].float()
+
+
+def check_distinct(prototypes: torch.Tensor) -> None:
+    """Raise ``InputError`` if two of the ``prototypes`` (K, F) coincide: there is no line between them to project on."""
+    for label, prototype in enumerate(prototypes):
+        same = (_squared_length(prototypes[label + 1 :] - prototype) == 0).nonzero()
+        if len(same):
+            raise InputError(
+                f"projection: the prototypes of classes {label} and {label + 1 + int(same[0])} coincide: the encoder does not tell "
+                "them apart, take another one"
+            )
 
 
 def project(features: torch.Tensor, prototype_a: torch.Tensor, prototype_b: torch.Tensor) -> torch.Tensor:
@@ -42,7 +41,11 @@ def project(features: torch.Tensor, prototype_a: torch.Tensor, prototype_b: torc
         InputError: the prototypes of a pair coincide.
     """
     line = prototype_a - prototype_b
-    length = line.square().sum(dim=1)
+    length = _squared_length(line)
     if (length == 0).any():
         raise InputError("projection: the prototypes of two classes coincide: the encoder does not tell them apart")
     return ((features - prototype_b) * line).sum(dim=1) / length
+
+
+def _squared_length(lines: torch.Tensor) -> torch.Tensor:
+    return lines.square().sum(dim=1)

@@ -1,9 +1,14 @@
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from csm.errors import InputError
-from csm.reannotation.prototypes import class_prototypes, project
+from csm.reannotation.heads import FitInputs
+from csm.reannotation.projection import fit_projection
+from csm.reannotation.prototypes import check_distinct, class_prototypes, project
 
 
 def features(rows: int, seed: int = 0, size: int = 6) -> torch.Tensor:
@@ -74,3 +79,32 @@ def test_a_class_without_image_is_named() -> None:
 def test_no_images_at_all() -> None:
     with pytest.raises(InputError, match="class 0 has no training image"):
         class_prototypes([], 2)
+
+
+def test_classes_whose_prototypes_coincide_are_named() -> None:
+    prototypes = features(5)
+    check_distinct(prototypes)
+    prototypes[3] = prototypes[1]
+    with pytest.raises(InputError, match="the prototypes of classes 1 and 3 coincide: the encoder does not tell them apart"):
+        check_distinct(prototypes)
+
+
+def test_prototypes_as_near_as_float32_can_tell_are_distinct() -> None:
+    prototypes = torch.tensor([[1.0, 2.0], [1.0, 2.0 + 2**-22]])
+    check_distinct(prototypes)
+    assert project(prototypes, prototypes[[0, 0]], prototypes[[1, 1]]).tolist() == [1.0, 0.0]
+
+
+def test_prototypes_whose_distance_is_no_number_of_float32_coincide() -> None:
+    prototypes = torch.tensor([[0.0, 1.0], [1e-30, 1.0]])  # the square of the distance is 0
+    with pytest.raises(InputError, match="classes 0 and 1 coincide"):
+        check_distinct(prototypes)
+    with pytest.raises(InputError, match="coincide"):
+        project(prototypes, prototypes[[0, 0]], prototypes[[1, 1]])
+
+
+def test_a_fit_names_classes_that_the_encoder_does_not_tell_apart(tmp_path: Path, fit_inputs: Callable[..., FitInputs]) -> None:
+    f, labels = features(60), torch.arange(60) % 3
+    f[labels == 2] = f[labels == 0]
+    with pytest.raises(InputError, match="classes 0 and 2 coincide"):
+        fit_projection(tmp_path, fit_inputs((f, labels)))
