@@ -1,7 +1,7 @@
 """Settings of a registered function, checked against its signature before anything runs."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -39,6 +39,12 @@ def _is_number(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return isinstance(value, str)
+
+
+def check_name(where: str, name: str, names: Collection[str]) -> None:
+    """``InputError`` unless ``name``, the value of the dotted key ``where``, is one of ``names``."""
+    if name not in names:
+        raise InputError(f"{where}: unknown {name!r}; one of {', '.join(names)}")
 
 
 def check_parameters(

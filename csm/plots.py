@@ -1,4 +1,4 @@
-"""Pictures of a run for files and trackers: reliability diagram, grid of images (mixed sets, samples), metrics.
+"""Pictures of a run for files and trackers: reliability diagram, grid of images (mixed sets, samples), metrics, labels against truth.
 
 Only matplotlib's object interface: no pyplot, so no global state and no display, and safe in a worker. Save a
 figure with ``figure.savefig(path)``.
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
@@ -165,6 +166,89 @@ def metric_bars(methods: Sequence[str], values: Mapping[str, ArrayLike], title: 
     if title:
         figure.suptitle(title)
     return figure
+
+
+def annotation_plot(
+    labels: Mapping[str, ArrayLike], truth: ArrayLike, class_a: ArrayLike, class_b: ArrayLike, title: str = ""
+) -> Figure:
+    """Draw what each annotator says of mixed images against the known truth; who tells the truth lies on the diagonal.
+
+    Two panels for each annotator: the share of class a among the pair, p_a / (p_a + p_b), and the probability of the class that is truly
+    the most probable. The line is the mean of what is said in each of 20 equal bins of the true value, the band holds the middle 80 % of
+    it; bins of fewer than 5 images are left out. The shade is where the images of a bin lie (root of their number, relative to the
+    fullest cell of the bin, so that bins of few images show too). Above: the mean total variation; in each panel the mean of
+    |annotated - true|.
+
+    Args:
+        labels: annotator -> its soft labels (N, K), drawn from left to right, at most 5 in a line.
+        truth: (N, K), the true posterior.
+        class_a, class_b: (N,), integer, the pair of each image.
+        title: above all.
+
+    Raises:
+        ValueError: there is no annotator or image, or shapes differ.
+    """
+    true, a, b = np.asarray(truth, dtype=np.float64), np.asarray(class_a), np.asarray(class_b)
+    if not labels or true.ndim != 2 or len(true) == 0 or a.shape != (len(true),) or b.shape != a.shape:
+        raise ValueError(
+            f"labels and images must not be empty, classes (N,), got {len(labels)}, {true.shape}, {a.shape}, {b.shape}"
+        )
+    row, top = np.arange(len(true)), true.argmax(axis=1)
+    columns = min(5, len(labels))
+    lines = -(-len(labels) // columns)
+    figure = _figure(2.1 * columns + 0.5, 4.5 * lines + (0.35 if title else 0.1))
+    panels = figure.subplots(2 * lines, columns, squeeze=False, sharex=True, sharey=True)
+    for panel in panels.flat:
+        panel.set_visible(False)
+    for index, (name, raw) in enumerate(labels.items()):
+        said = np.asarray(raw, dtype=np.float64)
+        if said.shape != true.shape:
+            raise ValueError(f"labels[{name!r}] must have the shape of truth, {true.shape}, got {said.shape}")
+        line, column = divmod(index, columns)
+        upper, lower = panels[2 * line, column], panels[2 * line + 1, column]
+        both = (said[row, a] + said[row, b] > 0) & (true[row, a] + true[row, b] > 0)
+        share, said_share = (values[row, a][both] / (values[row, a] + values[row, b])[both] for values in (true, said))
+        _against(upper, share, said_share, AFTER)
+        _against(lower, true[row, top], said[row, top], BEFORE)
+        upper.set_title(f"{name}\nTV {0.5 * np.abs(said - true).sum(axis=1).mean():.3f}", fontsize=10)
+        if column == 0:
+            upper.set_ylabel("annotated share of a", fontsize=8)
+            lower.set_ylabel("annotated prob. of top class", fontsize=8)
+        upper.set_xlabel("true share of a", fontsize=8)
+        lower.set_xlabel("true prob. of top class", fontsize=8)
+    figure.supxlabel("line: mean, band: middle 80 %", fontsize=8, color=SOFT)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _against(axes: Axes, true: NDArray[np.float64], said: NDArray[np.float64], color: str) -> None:
+    """Shade, mean and middle 80 % of ``said`` in each bin of ``true``, both (N,) in [0, 1]."""
+    bins, enough = 20, 5
+    edges = np.linspace(0, 1, bins + 1)
+    counts, _, _ = np.histogram2d(true, said, (edges, np.linspace(0, 1, 2 * bins + 1)))  # (true, said)
+    full = counts.sum(axis=1) >= enough
+    shade = np.where(full[:, None], np.sqrt(counts / counts.max(axis=1, keepdims=True).clip(min=1)), 0)
+    colors = LinearSegmentedColormap.from_list("", ("white", color))
+    axes.imshow(
+        shade.T, cmap=colors, vmin=0, vmax=1.6, origin="lower", extent=(0, 1, 0, 1), aspect="equal", interpolation="nearest"
+    )
+    axes.plot((0, 1), (0, 1), "--", color=INK, linewidth=1)
+    where = np.clip(np.digitize(true, edges) - 1, 0, bins - 1)
+    low, mean, high = np.full((3, bins), np.nan)
+    for index in np.flatnonzero(full):
+        low[index], high[index] = np.quantile(said[where == index], (0.1, 0.9))
+        mean[index] = said[where == index].mean()
+    centre = (edges[:-1] + edges[1:]) / 2
+    axes.fill_between(centre, low, high, color=color, alpha=0.18, linewidth=0)
+    axes.plot(centre, np.stack([low, high], axis=1), color=color, linewidth=0.7)
+    axes.plot(centre, mean, color=color, linewidth=2.2)
+    if len(true):
+        text = f"off by {np.abs(said - true).mean():.3f}"
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5}
+        axes.text(0.04, 0.95, text, transform=axes.transAxes, va="top", fontsize=8, color=INK, bbox=box)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), visible=True)
+    axes.tick_params(labelsize=8, labelbottom=True)
 
 
 def _figure(width: float, height: float) -> Figure:

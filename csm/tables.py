@@ -3,7 +3,7 @@
 A table is a polars frame. Whoever writes one checks it, whoever reads one checks it again, so a column has one meaning everywhere.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +20,8 @@ Schema: TypeAlias = Mapping[str, pl.DataType]
 
 # polars panics, which is no Exception, for some damaged footers.
 _UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
+
+ROW_GROUP = 2048  # rows that a reader of some of a table decodes together
 
 SPLITS = ("train", "val", "test")
 SPLIT = pl.Enum(SPLITS)
@@ -89,7 +91,7 @@ def write(frame: pl.DataFrame, path: Path, schema: Schema, metadata: dict[str, s
     """Check ``frame`` and write it to ``path`` atomically, with ``metadata`` in the file's footer."""
     check(frame, schema, str(path))
     with replacing(path) as temporary:
-        frame.write_parquet(temporary, compression="zstd", metadata=metadata)
+        frame.write_parquet(temporary, compression="zstd", metadata=metadata, row_group_size=ROW_GROUP)
 
 
 @contextmanager
@@ -106,16 +108,22 @@ def in_pieces(path: Path, schema: Schema) -> Iterator[Callable[[pl.DataFrame], N
         yield lambda frame: writer.write_table(arrow(frame), row_group_size=len(frame))
 
 
-def read(path: Path, schema: Schema) -> pl.DataFrame:
-    """Read and check the table at ``path``; ``InputError`` names a file that is missing, truncated or of another schema."""
+def read(path: Path, schema: Schema, columns: Sequence[str] | None = None, rows: tuple[int, int] | None = None) -> pl.DataFrame:
+    """Read and check the table at ``path``; ``InputError`` names a file that is missing, truncated or of another schema.
+
+    Of the file no more is read than ``columns`` (in the order of ``schema``) and the row groups of ``rows`` (first, number), if given.
+    """
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     try:
-        frame = pl.read_parquet(path)
+        scan = pl.scan_parquet(path)
+        if columns is not None:
+            scan = scan.select(columns)
+        frame = (scan if rows is None else scan.slice(*rows)).collect()
     except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path} is not a whole parquet file ({reason}): remove it and run again") from None
-    return check(frame, schema, str(path))
+    return check(frame, {name: schema[name] for name in columns or schema}, str(path))
 
 
 def metadata(path: Path) -> dict[str, str] | None:

@@ -45,13 +45,13 @@ class MixedTerm:
     """The term on mixed images: weight * loss(soft labels of an annotator).
 
     Attributes:
-        annotator: whose soft labels.
+        annotator: whose soft labels; None: of the one that the configuration names for all methods.
         loss: name in ``csm.losses.SOFT``.
         schedule: name in ``csm.schedules.SCHEDULES``.
         per_real: mixed images for each real one.
     """
 
-    annotator: str
+    annotator: str | None = None
     loss: str = "l2"
     weight: float = Field(default=1.0, ge=0)
     schedule: str = "pair"

@@ -54,6 +54,11 @@ class Workspace:
         return self.root / "dataset.json"
 
     @property
+    def real(self) -> Path:
+        """The `real` table."""
+        return self.root / "real" / "part-00000.parquet"
+
+    @property
     def generator(self) -> Path:
         return self.root / "generator"
 
@@ -73,13 +78,22 @@ class Workspace:
     def report(self) -> Path:
         return self.root / "report.html"
 
+    @property
+    def choice(self) -> Path:
+        """Which annotator "auto" is."""
+        return self.root / "annotators" / "auto.json"
+
     def annotator(self, name: str) -> Path:
         """Folder of a fitted annotator."""
         return self.root / "annotators" / name
 
     def teacher_member(self, number: int) -> Path:
-        """Folder of one classifier of the teacher; member 0 is also the encoder."""
+        """Folder of one classifier of the teacher; member 0 is also the encoder ``classifier``."""
         return self.root / "annotators" / "members" / f"{number:02d}"
+
+    def encoder(self, name: str) -> Path:
+        """Folder of what an encoder says of the real images, and of what was fitted of it."""
+        return self.root / "annotators" / "encoders" / name
 
     def annotations(self, name: str) -> Path:
         return self.root / "annotations" / name

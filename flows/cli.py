@@ -127,7 +127,7 @@ _add_verb("run", "All of it: from the data to the report. What is already done i
 @cli.command(help="Write the mixed images, with the soft labels of an annotator, for other programs to read.")
 @with_options(CONFIG_OPTIONS)
 @click.option("--format", required=True, help="image-folder, webdataset or huggingface (parquet).")
-@click.option("--annotator", default="teacher", show_default=True, help="Whose soft labels; none: the ratios alone.")
+@click.option("--annotator", help="Whose soft labels; none: the ratios alone.  [default: annotate.annotator]")
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="A new or empty folder.")
 @click.option(
     "--shard-rows", type=click.IntRange(min=1), default=10000, show_default=True, help="Images of one tar or parquet file."
@@ -138,7 +138,7 @@ def export(
     overrides: tuple[str, ...],
     workspace: Path,
     format: str,
-    annotator: str,
+    annotator: str | None,
     output: Path,
     shard_rows: int,
     as_json: bool,

@@ -20,12 +20,12 @@ from csm.generators.acceleration import Precision
 from csm.generators.conditioning import OPERATORS
 from csm.generators.config import GeneratorConfig
 from csm.losses import HARD, SOFT, build_loss
-from csm.parameters import check_parameters, expected
+from csm.parameters import check_name, check_parameters, expected
 from csm.planning import PlanConfig, ratio_grid
-from csm.reannotation import ANNOTATORS
 from csm.sampling import SamplerConfig
 from csm.schedules import SCHEDULES
 from csm.training import Method, OptimizerConfig
+from flows.annotators import AnnotateConfig, check_annotators, check_asked
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -46,15 +46,6 @@ class MixConfig:
     operator: str = "embedding"
     precision: Precision = "auto"
     compile: bool = False
-
-
-@dataclass(frozen=True, config=STRICT)
-class AnnotateConfig:
-    """Annotators to run, number of classifiers in the teacher (the first is also the encoder), s of the projection."""
-
-    annotators: tuple[str, ...] = ("projection", "teacher")
-    members: int = Field(default=4, ge=1)
-    scale: float = Field(default=4.0, gt=0)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -87,13 +78,24 @@ class Config:
     name: str
     data: dict[str, Any]
     train: TrainConfig
+    annotate: AnnotateConfig
     description: str = ""
     generator: GeneratorConfig = Field(default_factory=GeneratorConfig)
     plan: PlanConfig = Field(default_factory=PlanConfig)
     mix: MixConfig = Field(default_factory=MixConfig)
-    annotate: AnnotateConfig = Field(default_factory=AnnotateConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+
+    @property
+    def annotators(self) -> tuple[str, ...]:
+        """Annotators that are run, among them "auto" if it is asked for: ``annotate.annotator`` and those of the chosen methods."""
+        named = (self.annotator_of(method) for method in self.train.chosen.values() if method.mixed)
+        return tuple(dict.fromkeys((*named, self.annotate.annotator)))
+
+    def annotator_of(self, method: Method) -> str:
+        """Name of the annotator of a method with a mixed term."""
+        assert method.mixed is not None
+        return method.mixed.annotator or self.annotate.annotator
 
     def to_yaml(self) -> str:
         """The resolved configuration; loading it gives an equal one."""
@@ -223,34 +225,30 @@ def _check_names(config: Config) -> Config:
     if source not in DATASETS:
         raise InputError(f"data.source: unknown {source!r}; one of {', '.join(DATASETS)}")
     data = check_parameters(DATASETS[source], {key: value for key, value in config.data.items() if key != "source"}, "data")
-    _known("train.network", config.train.network, NETWORKS)
+    check_name("train.network", config.train.network, NETWORKS)
     network = NETWORKS[config.train.network]
     parameters = check_parameters(network, config.train.parameters, "train.parameters", reserved=("channels", "n_classes"))
     sampler = config.mix.sampler
     if sampler.sigma_min >= sampler.sigma_max:
         raise InputError(f"mix.sampler.sigma_min: expected less than sigma_max {sampler.sigma_max:g}, got {sampler.sigma_min:g}")
-    _known("mix.operator", config.mix.operator, OPERATORS)
+    check_name("mix.operator", config.mix.operator, OPERATORS)
     ratio_grid(config.plan)
     if sampler.churn > 0 and sampler.solver != "heun":
         raise InputError(f"mix.sampler.churn: only solver heun adds noise, not {sampler.solver}; choose heun, or churn 0")
-    for annotator in config.annotate.annotators:
-        _known("annotate.annotators", annotator, ANNOTATORS)
+    annotate = check_annotators(config.annotate)
+    check_asked(annotate, "annotate.annotator", annotate.annotator)
     for name in config.train.compare:
-        _known("train.compare", name, config.train.methods)
+        check_name("train.compare", name, config.train.methods)
     for name, method in config.train.methods.items():
         where = f"train.methods.{name}"
         build_loss(HARD, method.loss, dict(method.parameters), where + (".parameters" if method.loss in HARD else ".loss"))
         if method.mixed:
-            _known(f"{where}.mixed.loss", method.mixed.loss, SOFT)
-            _known(f"{where}.mixed.schedule", method.mixed.schedule, SCHEDULES)
-            if name in config.train.chosen:
-                _known(f"{where}.mixed.annotator", method.mixed.annotator, config.annotate.annotators)
-    return replace(config, data={"source": source, **data}, train=replace(config.train, parameters=parameters))
-
-
-def _known(where: str, name: str, names: Any) -> None:
-    if name not in names:
-        raise InputError(f"{where}: unknown {name!r}; one of {', '.join(names)}")
+            check_name(f"{where}.mixed.loss", method.mixed.loss, SOFT)
+            check_name(f"{where}.mixed.schedule", method.mixed.schedule, SCHEDULES)
+            if name in config.train.chosen and method.mixed.annotator is not None:
+                check_asked(annotate, f"{where}.mixed.annotator", method.mixed.annotator)
+    train = replace(config.train, parameters=parameters)
+    return replace(config, data={"source": source, **data}, train=train, annotate=annotate)
 
 
 def _explain(errors: Sequence[Any]) -> str:

@@ -13,13 +13,15 @@ from typing import Any
 from csm import __version__
 from csm.classifiers import NETWORKS
 from csm.datasets import DATASETS
+from csm.encoders import ENCODERS
 from csm.errors import InputError
 from csm.generators import GENERATORS
 from csm.generators.conditioning import OPERATORS
 from csm.losses import HARD, SOFT
 from csm.metrics import METRICS
-from csm.reannotation import ANNOTATORS
+from csm.reannotation import CALIBRATORS, HEADS
 from csm.schedules import SCHEDULES
+from flows.annotators import ENSEMBLE
 from flows.config import config_names
 from flows.report import machine
 
@@ -44,7 +46,9 @@ def diagnose(workspace: Path, address: str) -> dict[str, Any]:
         "datasets": list(DATASETS),
         "generators": list(GENERATORS),
         "operators": list(OPERATORS),
-        "annotators": list(ANNOTATORS),
+        "encoders": list(ENCODERS),
+        "heads": [*HEADS, ENSEMBLE],
+        "calibrators": list(CALIBRATORS),
         "networks": list(NETWORKS),
         "losses": list(HARD),
         "soft_losses": list(SOFT),
@@ -67,7 +71,9 @@ def show(findings: dict[str, Any]) -> None:
         "datasets",
         "generators",
         "operators",
-        "annotators",
+        "encoders",
+        "heads",
+        "calibrators",
         "networks",
         "losses",
         "soft_losses",

@@ -18,13 +18,13 @@ from flows.config import Config
 from flows.progress import task
 from flows.stages import Context, Made, Stage
 from flows.summary import Method, summary_table
-from flows.train import run_key, run_specs
+from flows.train import run_specs
+from flows.training import run_key
 
 
 def _run(context: Context, record: StageRecord) -> Made:
     workspace, bins = context.workspace, context.config.evaluate.bins
-    annotated = workspace.record("annotate")
-    specs = run_specs(context, annotated.digest if annotated else "")
+    specs = run_specs(context)
     n_classes = RealDataset.load_info(workspace.root).n_classes
     rows: list[dict[str, Any]] = []
     with task("evaluate", len(specs)) as progress:

@@ -16,9 +16,10 @@ from csm import __version__, storage, tables
 from csm.datasets import RealDataset
 from csm.errors import InputError
 from csm.export import CARD, FORMATS, WORK, Card, encode, rows
-from csm.reannotation import Calibration, soft_labels
+from csm.reannotation import soft_labels
 from flows.artifacts import Workspace, differences, is_url, open_workspace
 from flows.config import Config, plain
+from flows.fit_annotators import annotators, calibration_of, resolve
 from flows.progress import say, task
 from flows.run import STAGES, terminable
 from flows.stages import Context, require
@@ -27,7 +28,7 @@ NONE = "none"  # in place of an annotator: the ratios alone
 
 
 def export(
-    config: Config, root: Path, format_name: str, annotator: str, output: Path, shard_rows: int = 10_000
+    config: Config, root: Path, format_name: str, annotator: str | None, output: Path, shard_rows: int = 10_000
 ) -> dict[str, Any]:
     """Write the mixed set of the workspace at ``root`` to the folder ``output`` and return what ``--json`` prints.
 
@@ -35,7 +36,7 @@ def export(
         config: as the images were made with.
         root: the workspace.
         format_name: of ``FORMATS``.
-        annotator: whose soft labels, or "none".
+        annotator: whose soft labels, or "none"; None: those of ``annotate.annotator``.
         output: new or empty, or what an interrupted export of the same left there, which goes on.
         shard_rows: images of one tar or parquet file.
 
@@ -44,7 +45,8 @@ def export(
     """
     if format_name not in FORMATS:
         raise InputError(f"--format {format_name}: unknown; one of {', '.join(FORMATS)}")
-    allowed = (*config.annotate.annotators, NONE)
+    annotator = annotator or config.annotate.annotator
+    allowed = tuple(dict.fromkeys((*config.annotators, *annotators(Workspace(root), config), NONE)))
     if annotator not in allowed:
         raise InputError(f"--annotator {annotator}: unknown; one of {', '.join(allowed)}")
     if is_url(output):
@@ -52,6 +54,7 @@ def export(
     needs = ("prepare", "generator", "plan", "mix") + (() if annotator == NONE else ("fit-annotators", "annotate"))
     with open_workspace(root, create=False) as workspace, terminable():
         require(Context(config, workspace, STAGES), "export", needs)
+        annotator = resolve(workspace, annotator)
         digests = {name: record.digest for name in needs if (record := workspace.record(name))}
         card = _card(config, workspace, digests, format_name, annotator, shard_rows)
         try:
@@ -77,7 +80,6 @@ def _card(
     config: Config, workspace: Workspace, digests: dict[str, str], format_name: str, annotator: str, shard_rows: int
 ) -> Card:
     info = RealDataset.load_info(workspace.root)
-    calibration = workspace.annotator(annotator) / "calibration.json"
     return Card(
         csm=__version__,
         format=format_name,
@@ -91,7 +93,7 @@ def _card(
         plan=asdict(config.plan),
         mix=asdict(config.mix),
         annotator=None if annotator == NONE else annotator,
-        calibration=None if annotator == NONE else storage.read_record(calibration, Calibration),
+        calibration=None if annotator == NONE else calibration_of(workspace, annotator),
         digests=digests,
     )
 

@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from cluster.mixing import AnnotateJob, MixJob, process_shards
+from cluster.mixing import MixJob, process_shards
 from cluster.shards import Receipt, finished_shards, part_path, plan_shards
 from csm.datasets import RealDataset
 from csm.generators import load_generator
@@ -46,8 +47,10 @@ def _run(context: Context, record: StageRecord) -> Made:
         compiled=config.mix.compile,
     )
     followers = annotate_jobs(context, record.fingerprint, todo) if stale(context, "fit-annotators") is None else []
-    total, before = sum(rows.values()), spent(workspace.root / RECEIPTS, "mixed", done)
-    process(context, record, job if todo else None, followers, total, sum(rows[shard] for shard in done), before)
+    if todo:
+        before = spent(workspace.root / RECEIPTS, "mixed", done)
+        work = partial(process_shards, job, followers, config.resources.mix, config.resources.annotate)
+        process(context, record, work, {"mixed"}, "images", sum(rows.values()), sum(rows[shard] for shard in done), before)
     per_image = evaluations_per_image(config.mix.sampler, config.mix.operator, ratio_grid(config.plan).tolist())
     context.tracker.log_metrics(f"stage {record.name} {record.fingerprint}", {"evaluations_per_image": per_image})
     return Made(sum(rows.values()), record.fingerprint)
@@ -56,24 +59,21 @@ def _run(context: Context, record: StageRecord) -> Made:
 def process(
     context: Context,
     record: StageRecord,
-    job: MixJob | None,
-    followers: Sequence[AnnotateJob],
+    work: Callable[[Callable[[Receipt], None]], None],
+    parts: Collection[str],
+    unit: str,
     total: int,
     done: int,
     seconds: float = 0.0,
 ) -> None:
-    """Run shards over Ray and keep every receipt in ``receipts.jsonl`` as it comes.
+    """Do ``work``, which calls the function that it is given with every receipt, over Ray, and keep each in ``receipts.jsonl`` as it comes.
 
-    Progress, on the terminal and in MLflow, is that of the images if some are mixed, else of the annotations: how many of ``total``
-    (``done`` were there before), how many a second of this session, and device-seconds: how long the workers were busy, ``seconds`` of
-    them in sessions before.
+    Progress, on the terminal and in MLflow, is that of ``parts``: how many of ``total`` rows, which are called ``unit`` (``done`` were
+    there before), how many a second of this session, and device-seconds: how long the workers were busy, ``seconds`` of them in sessions
+    before.
     """
-    if job is None and not any(follower.shards for follower in followers):
-        return
     context.connect()
-    resources, tracker = context.config.resources, context.tracker
-    counted = {"mixed"} if job else {follower.name for follower in followers}
-    unit, logged = context.stages[record.name].unit, 0.0
+    tracker, logged = context.tracker, 0.0
     with task(record.name, total, done) as progress, _open_log(context.workspace.root / RECEIPTS) as log:
 
         def report() -> None:
@@ -84,7 +84,7 @@ def process(
             nonlocal seconds, logged
             log.write(json.dumps(asdict(receipt)) + "\n")
             log.flush()
-            if receipt.part not in counted:
+            if receipt.part not in parts:
                 return
             seconds += receipt.seconds
             rate = (progress.made + receipt.rows) / progress.seconds
@@ -93,7 +93,7 @@ def process(
                 logged = progress.seconds
                 report()
 
-        process_shards(job, followers, resources.mix, resources.annotate, on_receipt)
+        work(on_receipt)
         report()
 
 

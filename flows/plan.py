@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from cluster.shards import plan_shards
-from csm.classifiers import in_batches
 from csm.datasets import RealDataset
-from csm.encoders import ENCODERS
+from csm.encoders import ENCODERS, Sources, encode
 from csm.pairs import (
     Pairs,
     all_pairs,
@@ -20,9 +19,9 @@ from csm.pairs import (
 )
 from csm.planning import MEASURED, ratio_grid, write_plan
 from csm.reannotation.prototypes import class_prototypes
-from csm.reannotation.teacher import load_teacher
 from flows.artifacts import StageRecord
 from flows.config import Config
+from flows.fit_teacher import members
 from flows.progress import say
 from flows.stages import Context, Made, Stage
 
@@ -47,16 +46,15 @@ def _pairs(context: Context) -> Pairs:
 
 
 def _distances(context: Context) -> torch.Tensor:
-    """Distances (K, K) of the classes: what the teacher confuses on validation images, or the encoder's class means of training images."""
+    """Distances (K, K) of the classes: what the teacher confuses on validation images, or class means of its first member's features."""
     config, workspace = context.config, context.workspace
     data = RealDataset.load(workspace.root)
+    kind, split = ("classifier", "train") if config.plan.pairs == "prototypes" else ("teacher", "val")
+    images, labels = data.split(split)
+    said = encode(ENCODERS[kind].load(Sources(workspace.root, members(workspace, config))), images)
     if config.plan.pairs == "prototypes":
-        encoder = ENCODERS["classifier"](workspace.teacher_member(0))
-        images, labels = data.split("train")
-        return prototype_distances(class_prototypes([(in_batches(encoder, images), labels)], data.info.n_classes))
-    members = [workspace.teacher_member(number) for number in range(config.annotate.members)]
-    images, labels = data.split("val")
-    return confusion_distances(load_teacher(workspace.root, members).log_posterior(images), labels, data.info.n_classes)
+        return prototype_distances(class_prototypes([(said, labels)], data.info.n_classes))
+    return confusion_distances(said, labels, data.info.n_classes)
 
 
 def _check(context: Context) -> None:
@@ -80,7 +78,7 @@ STAGE = Stage(
     name="plan",
     code_version=1,
     inputs=("prepare", "generator"),
-    more_inputs=lambda config: ("fit-annotators",) if config.plan.pairs in MEASURED else (),
+    more_inputs=lambda config: ("fit-teacher",) if config.plan.pairs in MEASURED else (),
     settings=_settings,
     outputs=lambda workspace, config: [workspace.plan],
     check=_check,

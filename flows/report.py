@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from cluster.shards import part_path
 from csm import __version__, storage, tables
 from csm.datasets import DatasetInfo, RealDataset
-from csm.reannotation import Calibration, soft_labels
+from csm.reannotation import soft_labels
 from flows import reporting
 from flows.artifacts import StageRecord, Workspace
 from flows.evaluate import compared, split_logits
+from flows.fit_annotators import annotators, calibration_of
 from flows.progress import say
 from flows.stages import Context, Made, Stage
 from flows.train import run_specs
@@ -78,10 +79,9 @@ def _stages(context: Context) -> list[reporting.Stage]:
 
 def _reliability(context: Context, metrics: pl.DataFrame, n_classes: int) -> dict[str, reporting.Reliability]:
     """Top class of every test image, pooled over seeds, before and after each run's temperature."""
-    annotated = context.workspace.record("annotate")
     temperatures = dict(metrics.filter("fitted").select("run", "temperature").unique().iter_rows())
     pooled: dict[str, list[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]]] = {}
-    for spec in run_specs(context, annotated.digest if annotated else ""):
+    for spec in run_specs(context):
         logits, labels = split_logits(spec, "test", n_classes)
         before = logits.double().softmax(dim=1).max(dim=1)
         after = (logits.double() / temperatures[spec.run]).softmax(dim=1).max(dim=1).values
@@ -100,11 +100,11 @@ def _gallery(context: Context, info: DatasetInfo) -> list[reporting.MixedSet]:
     plan = tables.read(workspace.plan, tables.PLAN)
     table = plan.join(mixed, on="mix_id", how="inner", maintain_order="left")
     said = {}
-    for name in config.annotate.annotators:
-        calibration = storage.read_record(workspace.annotator(name) / "calibration.json", Calibration)
+    for name in annotators(workspace, config):
+        calibration = calibration_of(workspace, name)
         annotations = tables.read(part_path(workspace.annotations(name), 0), tables.annotations(info.n_classes))
         labels = soft_labels(plan, annotations, info.n_classes, calibration)
-        said[name] = (dict(labels.iter_rows()), calibration.temperature is not None)
+        said[name] = (dict(labels.iter_rows()), not calibration.pair)
     sets = table.partition_by("group", "class_a", "class_b", maintain_order=True)
     spread = np.unique(np.linspace(0, len(sets) - 1, min(GALLERY_SETS, len(sets))).round().astype(int))
     return [_mixed_set(sets[index], said, info) for index in spread]

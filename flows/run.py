@@ -15,7 +15,7 @@ import polars as pl
 
 from cluster.session import require_answer
 from csm import storage, tables
-from flows import annotate, evaluate, generator, mix, plan, prepare, report, train
+from flows import annotate, evaluate, fit_annotators, fit_teacher, generator, mix, plan, prepare, report, train
 from flows.artifacts import open_workspace
 from flows.config import Config
 from flows.stages import Context, refuse_replacing, require, run_stage
@@ -26,7 +26,8 @@ STAGES = {
     for stage in (
         prepare.STAGE,
         generator.STAGE,
-        annotate.FIT_STAGE,
+        fit_teacher.STAGE,
+        fit_annotators.STAGE,
         plan.STAGE,
         mix.STAGE,
         annotate.STAGE,
@@ -35,10 +36,10 @@ STAGES = {
         report.STAGE,
     )
 }
-RAY_STAGES = frozenset({"generator", "fit-annotators", "mix", "annotate", "train"})
-VERBS = {name: (name,) for name in STAGES if name not in ("generator", "fit-annotators", "annotate")}
+RAY_STAGES = frozenset({"generator", "fit-teacher", "fit-annotators", "mix", "annotate", "train"})
+VERBS = {name: (name,) for name in STAGES if name not in ("generator", "fit-teacher", "fit-annotators", "annotate")}
 VERBS |= {"fit-generator": ("generator",), "import-generator": ("prepare", "generator")}
-VERBS |= {"annotate": ("fit-annotators", "annotate"), "run": tuple(STAGES)}
+VERBS |= {"annotate": ("fit-annotators", "annotate"), "run": tuple(name for name in STAGES if name != "fit-teacher")}
 
 
 def run_verb(
@@ -58,7 +59,7 @@ def run_verb(
         names = verb_stages(verb, config)
         try:
             refuse_replacing(context, names)
-            if verb == "plan":  # what it lacks is said before the annotators are fitted
+            if verb == "plan":  # what it lacks is said before the teacher is trained
                 require(context, verb, [name for name in STAGES[verb].reads(config) if name not in names])
             if address != "local" and not RAY_STAGES.isdisjoint(names):
                 context.connect()  # now, rather than after an hour of other work
@@ -85,9 +86,13 @@ def run_verb(
 
 
 def verb_stages(verb: str, config: Config) -> tuple[str, ...]:
-    """Stages that ``verb`` runs: ``VERBS``, and the fitting of the annotators, which has no verb, before a plan that asks them."""
-    fit = ("fit-annotators",) if verb == "plan" and "fit-annotators" in STAGES["plan"].reads(config) else ()
-    return (*fit, *VERBS[verb])
+    """Stages that ``verb`` runs: ``VERBS``, and of those without a verb the teacher, where it is asked."""
+    names = VERBS[verb]
+    asking = [name for name in ("fit-annotators", "plan") if name in names and "fit-teacher" in STAGES[name].reads(config)]
+    if not asking:
+        return names
+    first = names.index(asking[0])
+    return (*names[:first], "fit-teacher", *names[first:])
 
 
 def results_table(config: Config, metrics: Path) -> Any:

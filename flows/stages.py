@@ -253,4 +253,4 @@ def _verb(context: Context, stage: str) -> str:
     """The verb that runs ``stage``."""
     if stage == "generator":
         return "import-generator" if context.config.generator.path else "fit-generator"
-    return "annotate" if stage == "fit-annotators" else stage
+    return "annotate" if stage in ("fit-teacher", "fit-annotators") else stage

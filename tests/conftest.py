@@ -20,8 +20,13 @@ TINY: dict[str, Any] = {
     "generator": {"block_channels": [8, 16], "steps": 3, "batch_size": 16},
     "plan": {"pairs": [[0, 1], [2, 3]], "ratios": 3, "sets_per_pair": 4, "shard_rows": 6},
     "mix": {"sampler": {"steps": 2}, "batch_size": 4},  # a batch ends inside a shard
-    "annotate": {"members": 1},
-    "train": {"seeds": 1, "compare": ["cross-entropy", "csm"], "optimizer": {"epochs": 2}},
+    "annotate": {"members": 1, "annotator": "projection"},
+    "train": {
+        "seeds": 1,
+        "compare": ["cross-entropy", "csm"],
+        "methods": {"csm": {"mixed": {"annotator": "teacher"}}},
+        "optimizer": {"epochs": 2},
+    },
     "resources": {"mix": {"max_actors": 1}, "train": {"workers": 1}},
 }
 CSM = Path(sys.executable).with_name("csm")

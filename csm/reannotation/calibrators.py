@@ -46,7 +46,7 @@ class Calibration:
             posterior head, before a restriction to the pair; for a pair head that of two classes, the image's own against each
             other one. None if infinite, or nothing was held out.
         nll: as ``nll_after``, but each fifth of the images with the calibrator fitted on the rest: what ``choose`` compares.
-        scale: s of ``scale``.
+        scale: s of ``scale``, ``fixed`` if it was given rather than fitted.
         temperature: T of ``temperature``.
         weights, biases: K of each, of ``vector``.
         knots: (score, probability) of ``isotonic``, for each class; for a pair head one list.
@@ -60,6 +60,7 @@ class Calibration:
     nll_after: float | None = None
     nll: float | None = None
     scale: float | None = None
+    fixed: bool = False
     temperature: float | None = None
     weights: tuple[float, ...] = ()
     biases: tuple[float, ...] = ()
@@ -212,7 +213,8 @@ def describe(calibration: Calibration) -> str:
         values["scale"] = f"with scale s = {calibration.scale:.4g}"
     if calibration.temperature is not None:
         values["temperature"] = f"at temperature {calibration.temperature:.4g}"
-    fitted = f", fitted on {calibration.images} real images" if calibration.images else ""
+    is_fitted = calibration.images > 0 and calibration.calibrator != "none" and not calibration.fixed
+    fitted = f", fitted on {calibration.images} real images" if is_fitted else ""
     return f"of {'the two classes alone' if calibration.pair else 'all classes'}, {values[calibration.calibrator]}{fitted}"
 
 
@@ -316,7 +318,7 @@ def _fit_none(scores: Tensor, labels: Tensor) -> Calibration:
 
 
 def _fixed_scale(scale: float, shares: Tensor, labels: Tensor) -> Calibration:
-    return Calibration("scale", scale=scale)
+    return Calibration("scale", scale=scale, fixed=True)
 
 
 def _fit_scale(shares: Tensor, labels: Tensor) -> Calibration:

@@ -4,16 +4,18 @@ import polars as pl
 import pytest
 from ray.cluster_utils import Cluster
 
-from cluster.mixing import AnnotateJob, MixJob, process_shards
+from cluster.annotation import AnnotateJob, EncoderSpec
+from cluster.mixing import MixJob, process_shards
 from cluster.resources import Pool
 from cluster.session import session
 from cluster.shards import part_path, plan_shards, read_plan
 from csm import storage, tables
 from csm.datasets import RealDataset
+from csm.encoders import Sources
 from csm.generators import load_generator
 from csm.mixing import mix
 from csm.planning import PlanConfig, make_plan
-from csm.reannotation import ANNOTATORS, annotate
+from csm.reannotation import Annotator, AnnotatorSpec, annotate
 from csm.sampling import SamplerConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -56,12 +58,13 @@ def test_a_lost_node_loses_and_repeats_nothing(nodes, finished, tmp_path):
         batch_size=4,
         shards=shards,
     )
+    sources = Sources(tmp_path, (finished.root / "annotators" / "members" / "00",))
     follower = AnnotateJob(
         name="teacher",
+        spec=AnnotatorSpec("teacher", "posterior", finished.root / "annotators" / "teacher", "teacher"),
+        encoders={"teacher": EncoderSpec("teacher", "teacher", sources)},
         plan=job.plan,
         mixed=job.mixed,
-        fitted=finished.root / "annotators" / "teacher",
-        members=(finished.root / "annotators" / "members" / "00",),
         annotations=tmp_path / "teacher",
         key="key",
         shape=info.shape,
@@ -91,12 +94,12 @@ def test_a_lost_node_loses_and_repeats_nothing(nodes, finished, tmp_path):
     for receipt in receipts:
         assert receipt.checksum == storage.file_digest(part_path(folders[receipt.part], receipt.shard))
     generator = load_generator(job.generator)
-    annotator = ANNOTATORS["teacher"].load(follower.fitted, follower.members)
+    annotators, encoders = {"teacher": Annotator(follower.spec)}, {"teacher": follower.encoders["teacher"].load()}
     for shard in sorted(shards):
         rows = read_plan(job.plan, shard)
         made = tables.read(part_path(job.mixed, shard), tables.MIXED)
         assert made.equals(mix(rows, generator, job.shape, job.sampler, job.batch_size))
         labelled = tables.read(part_path(follower.annotations, shard), tables.annotations(info.n_classes))
-        assert labelled.equals(annotate(rows, made, annotator, info.shape, info.n_classes))
+        assert labelled.equals(annotate(rows, made, annotators, encoders, info.shape, info.n_classes)["teacher"])
     mixed = pl.concat([tables.read(path, tables.MIXED) for path in job.mixed.iterdir()])
     assert mixed["mix_id"].sort().equals(plan["mix_id"].sort())

@@ -13,21 +13,25 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from cluster.mixing import AnnotateJob, MixJob, MixShards, block_length, process_shards
+from cluster.annotation import AnnotateJob, EncoderSpec
+from cluster.mixing import MixJob, MixShards, process_shards
+from cluster.pools import block_length
 from cluster.resources import Pool
 from cluster.shards import finished_shards, part_path, plan_shards, read_plan, write_part
 from csm import storage, tables
 from csm.datasets import RealDataset
+from csm.encoders import Sources
 from csm.errors import InputError
 from csm.generators import load_generator
 from csm.mixing import mix, start_mixing
 from csm.planning import PlanConfig, make_plan
-from csm.reannotation import ANNOTATORS, annotate
+from csm.reannotation import Annotator, AnnotatorSpec, annotate
 from csm.sampling import SamplerConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session", "one_thread")]
 
 NAMES = ("projection", "teacher")
+HEADS = {"projection": ("projection", "classifier"), "teacher": ("posterior", "teacher")}
 ONE = Pool(max_actors=1, cpus=0.5)
 
 
@@ -36,22 +40,27 @@ def jobs(finished, root: Path, plan: Path, mixed: Path, steps=8):
     info = RealDataset.load_info(finished.root)
     shards = frozenset(plan_shards(plan))
     mix_job = MixJob(plan, finished.root / "generator", mixed, "mixed-key", info.shape, SamplerConfig(steps=steps), 4, shards)
-    members = (finished.root / "annotators" / "members" / "00",)
+    sources = Sources(root, (finished.root / "annotators" / "members" / "00",))
     return mix_job, [
         AnnotateJob(
             name=name,
+            spec=AnnotatorSpec(name, head, finished.root / "annotators" / name, encoder),
+            encoders={encoder: EncoderSpec(encoder, encoder, sources)},
             plan=plan,
             mixed=mixed,
-            fitted=finished.root / "annotators" / name,
-            members=members,
             annotations=root / name,
             key=f"{name}-key",
             shape=info.shape,
             n_classes=info.n_classes,
             shards=shards,
         )
-        for name in NAMES
+        for name, (head, encoder) in HEADS.items()
     ]
+
+
+def annotate_directly(job, plan: pl.DataFrame, mixed: pl.DataFrame) -> pl.DataFrame:
+    encoders = {name: spec.load() for name, spec in job.encoders.items()}
+    return annotate(plan, mixed, {job.name: Annotator(job.spec)}, encoders, job.shape, job.n_classes)[job.name]
 
 
 def write_plan(path: Path, sets: int) -> Path:
@@ -106,10 +115,9 @@ def test_mixed_images_differ_so_that_equality_says_something(done):
 @pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
 def test_annotations_equal_those_of_a_direct_call(done, number):
     job = done.annotate_jobs[number]
-    annotator = ANNOTATORS[job.name].load(job.fitted, job.members)
     for shard in range(5):
         mixed = tables.read(part_path(job.mixed, shard), tables.MIXED)
-        direct = annotate(read_plan(job.plan, shard), mixed, annotator, job.shape, job.n_classes)
+        direct = annotate_directly(job, read_plan(job.plan, shard), mixed)
         part = tables.read(part_path(job.annotations, shard), tables.annotations(job.n_classes))
         assert part.equals(direct)
         assert part["log_posterior"].null_count() == (len(part) if job.name == "projection" else 0)
@@ -177,7 +185,8 @@ def test_what_a_worker_refuses_reaches_the_driver_as_it_was_raised(done, finishe
 
 
 def test_an_annotator_that_cannot_be_loaded_is_named(done, tmp_path):
-    job = replace(done.annotate_jobs[0], fitted=tmp_path / "none", annotations=tmp_path / "annotations")
+    job = done.annotate_jobs[0]
+    job = replace(job, spec=replace(job.spec, directory=tmp_path / "none"), annotations=tmp_path / "annotations")
     with pytest.raises(InputError, match=r"none/prototypes\.safetensors does not exist"):
         process_shards(None, [job], ONE, ONE, pytest.fail)
 
@@ -201,7 +210,7 @@ def test_blocks_are_few_and_still_many_for_every_actor(shards, actors, length):
 
 
 def test_blocks_of_several_shards_lose_and_repeat_nothing(done, tmp_path, monkeypatch):
-    monkeypatch.setattr("cluster.mixing.block_length", lambda shards, actors: 3)
+    monkeypatch.setattr("cluster.pools.block_length", lambda shards, actors: 3)
     job = replace(done.mix_job, mixed=tmp_path / "mixed")
     receipts = []
     process_shards(
@@ -216,7 +225,7 @@ def test_blocks_of_several_shards_lose_and_repeat_nothing(done, tmp_path, monkey
 
 def test_a_shard_that_a_lost_worker_had_finished_is_not_made_again(done, tmp_path, monkeypatch):
     """Called as Ray calls it, with a block of which the first shard is there."""
-    monkeypatch.setattr("cluster.mixing._node", lambda: "here")
+    monkeypatch.setattr("cluster.pools._node", lambda: "here")
     job = replace(done.mix_job, mixed=tmp_path)
     shutil.copy(part_path(done.mix_job.mixed, 0), tmp_path)
     before = times(tmp_path, [0])
@@ -231,7 +240,7 @@ def test_a_shard_that_a_lost_worker_had_finished_is_not_made_again(done, tmp_pat
 
 def test_a_shard_is_written_while_the_next_one_is_denoised(done, tmp_path, monkeypatch):
     """Two calls at once: the write of the first waits until the network of the second is at work, and ends before it."""
-    monkeypatch.setattr("cluster.mixing._node", lambda: "here")
+    monkeypatch.setattr("cluster.pools._node", lambda: "here")
     at_work, written, begun, at_writing = threading.Event(), threading.Event(), [], []
 
     def watched(*arguments):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from csm.plots import image_grid, metric_bars, reliability_diagram
+from csm.plots import annotation_plot, image_grid, metric_bars, reliability_diagram
 
 
 def png(figure):
@@ -99,3 +99,61 @@ def test_metric_bars_need_a_row_per_method():
         metric_bars(["ce", "csm"], {"NLL": [[1.0, 2.0]]})
     with pytest.raises(ValueError, match="empty"):
         metric_bars([], {})
+
+
+def mixed_truth(rows=400, seed=0):
+    draw = np.random.default_rng(seed)
+    truth = draw.dirichlet(np.full(4, 0.6), rows)
+    class_a = draw.integers(0, 4, rows)
+    return truth, class_a, (class_a + draw.integers(1, 4, rows)) % 4
+
+
+def test_annotation_plot_puts_the_truth_on_the_diagonal_and_says_how_far_others_are():
+    truth, a, b = mixed_truth()
+    flat = np.full_like(truth, 0.25)
+    figure = annotation_plot({"truth": truth, "flat": flat}, truth, a, b, "known")
+    share, share_flat, top, top_flat = figure.axes
+    assert [panel.get_title() for panel in (share, share_flat)] == [
+        "truth\nTV 0.000",
+        f"flat\nTV {np.abs(truth - 0.25).sum(axis=1).mean() / 2:.3f}",
+    ]
+    row = np.arange(len(truth))
+    ratio, best = truth[row, a] / (truth[row, a] + truth[row, b]), truth.max(axis=1)
+    for panel, true, said in (
+        (share, ratio, ratio),
+        (share_flat, ratio, 0.5 + 0 * ratio),
+        (top, best, best),
+        (top_flat, best, 0.25),
+    ):
+        _, low, high, mean = panel.lines
+        said = np.broadcast_to(said, true.shape)
+        for index, centre in enumerate(mean.get_xdata()):
+            inside = said[(true >= centre - 0.025) & (true < centre + 0.025)]
+            drawn = [line.get_ydata()[index] for line in (low, mean, high)]
+            if len(inside) < 5:
+                assert np.isnan(drawn).all()
+            else:
+                assert drawn == pytest.approx([np.quantile(inside, 0.1), inside.mean(), np.quantile(inside, 0.9)])
+        assert np.isfinite(mean.get_ydata()).sum() >= 10
+        assert panel.texts[0].get_text() == f"off by {np.abs(said - true).mean():.3f}"
+    assert png(figure).std() > 0
+
+
+def test_annotation_plot_leaves_out_images_without_a_ratio_and_wraps_after_five():
+    truth, a, b = mixed_truth(8)
+    outside = np.zeros_like(truth)
+    outside[np.arange(8), [next(k for k in range(4) if k not in pair) for pair in zip(a, b, strict=True)]] = 1
+    figure = annotation_plot({str(name): outside for name in range(7)}, truth, a, b)
+    seen = [panel for panel in figure.axes if panel.get_visible()]
+    assert len(figure.axes) == 20
+    assert len(seen) == 14
+    assert [len(panel.texts) for panel in seen[:10]] == [0] * 5 + [1] * 5  # no share to be off by
+    assert png(figure).std() > 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [({}, "must not be empty"), ({"x": np.full((4, 2), 0.5)}, r"'x'.*shape of truth, \(4, 4\)")]
+)
+def test_annotation_plot_needs_labels_of_the_shape_of_the_truth(labels, message):
+    with pytest.raises(ValueError, match=message):
+        annotation_plot(labels, *mixed_truth(4))

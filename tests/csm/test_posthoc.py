@@ -1,6 +1,7 @@
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -10,7 +11,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from csm.metrics import evaluate
-from csm.posthoc import MAX_TEMPERATURE, MIN_TEMPERATURE, apply_temperature, fit_temperature
+from csm.posthoc import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
+    apply_isotonic,
+    apply_temperature,
+    fit_isotonic,
+    fit_temperature,
+    fit_vector,
+)
+
+INF, NAN = float("inf"), float("nan")
 
 
 def calibrated(n: int, k: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -181,3 +192,69 @@ def test_apply_temperature_passes_gradients() -> None:
 def test_apply_temperature_refuses(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature must be finite and > 0, got"):
         apply_temperature(torch.zeros(1, 2), temperature)
+
+
+@pytest.mark.parametrize(("n", "k", "scale"), [(50, 2, 1.0), (300, 10, 0.1), (300, 10, 40.0), (200, 30, 5.0)])
+def test_vector_scaling_is_where_the_slope_vanishes(n: int, k: int, scale: float) -> None:
+    """The penalised NLL is strictly convex, so that is its one minimum."""
+    logits, labels = calibrated(n, k, seed=1)
+    z, temperature = (scale * logits).log_softmax(dim=1), scale
+    weights, biases = (values.requires_grad_() for values in fit_vector(z, labels, temperature))
+    nll = cross_entropy(weights * z + biases, labels, reduction="sum")
+    (nll + 0.5 * ((weights * temperature - 1).square().sum() + biases.square().sum())).backward()
+    assert weights.grad is not None
+    assert biases.grad is not None
+    assert (weights.grad / temperature).abs().max() < 1e-5
+    assert biases.grad.abs().max() < 1e-5
+
+
+def test_vector_scaling_recovers_weights_and_biases_from_many_samples() -> None:
+    logits, labels = calibrated(40_000, 3, seed=0)
+    weights, biases = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64), torch.tensor([0.4, 0.0, -0.4], dtype=torch.float64)
+    truth = logits.log_softmax(dim=1)
+    labels = torch.multinomial((weights * truth + biases).softmax(dim=1), 1, generator=torch.Generator().manual_seed(1)).squeeze(
+        1
+    )
+    found_weights, found_biases = fit_vector(truth, labels)
+    assert found_weights.tolist() == pytest.approx(weights.tolist(), rel=0.1)
+    assert (found_biases - found_biases[1]).tolist() == pytest.approx(biases.tolist(), abs=0.1)
+
+
+def test_vector_scaling_of_a_class_that_is_never_mistaken_stays_finite() -> None:
+    z = torch.tensor([[0.0, -9.0], [-9.0, 0.0]], dtype=torch.float64).repeat(20, 1)
+    weights, biases = fit_vector(z, torch.tensor([0, 1]).repeat(20))
+    assert (weights > 0).all()
+    assert (weights < 10).all()
+    assert biases.abs().max() < 1
+
+
+def best_by_pooling(outcomes: list[float]) -> list[float]:
+    """Isotonic regression as its min-max formula says: max over starts up to i of min over ends from i of the mean."""
+    n = len(outcomes)
+    means = {(a, b): float(np.mean(outcomes[a : b + 1])) for a in range(n) for b in range(a, n)}
+    return [max(min(means[a, b] for b in range(i, n)) for a in range(i + 1)) for i in range(n)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_isotonic_regression_is_its_min_max_formula_within_the_floor(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    scores = np.sort(draw.normal(size=30))
+    outcomes = (draw.random(30) < 1 / (1 + np.exp(-2 * scores))).astype(float)
+    order = draw.permutation(30)
+    knots = fit_isotonic(torch.from_numpy(scores[order]), torch.from_numpy(outcomes[order]))
+    found = apply_isotonic(torch.from_numpy(scores), knots)
+    assert found.tolist() == pytest.approx(np.clip(best_by_pooling(outcomes.tolist()), 1 / 32, 31 / 32).tolist(), abs=1e-9)
+
+
+def test_between_and_beyond_the_knots() -> None:
+    knots = ((-1.0, 0.1), (0.0, 0.1), (2.0, 0.7))
+    scores = torch.tensor([[-INF, -1.0, -0.5], [1.0, 2.0, INF]])
+    assert apply_isotonic(scores, knots).flatten().tolist() == pytest.approx([0.1, 0.1, 0.1, 0.4, 0.7, 0.7])
+    assert apply_isotonic(torch.tensor([-3.0, 5.0]), knots[2:]).tolist() == pytest.approx([0.7, 0.7])
+    assert apply_isotonic(torch.tensor([NAN]), knots).isnan().all()
+    assert apply_isotonic(torch.tensor([NAN]), knots[2:]).isnan().all()
+
+
+def test_scores_that_are_all_equal_get_the_mean_outcome() -> None:
+    knots = fit_isotonic(torch.ones(4), torch.tensor([0, 0, 0, 1]))
+    assert apply_isotonic(torch.tensor([-1.0, 1.0, 7.0]), knots).tolist() == pytest.approx([0.25] * 3)

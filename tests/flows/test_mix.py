@@ -30,14 +30,7 @@ class Tracker:
 
 @pytest.fixture
 def context(tmp_path):
-    resources = SimpleNamespace(mix=None, annotate=None)
-    return SimpleNamespace(
-        workspace=Workspace(tmp_path),
-        config=SimpleNamespace(resources=resources),
-        tracker=Tracker(),
-        stages={"mix": mix.STAGE},
-        connect=lambda: None,
-    )
+    return SimpleNamespace(workspace=Workspace(tmp_path), tracker=Tracker(), connect=lambda: None)
 
 
 @pytest.fixture
@@ -47,21 +40,19 @@ def clock(monkeypatch):
     return now
 
 
-def make(monkeypatch, clock, *made):
-    """``process_shards`` that hands on receipts, each some seconds after the one before."""
+def work(clock, *made):
+    """Work that hands on receipts, each some seconds after the one before."""
 
-    def process_shards(job, followers, mix_pool, annotate_pool, on_receipt):
+    def hand_on(on_receipt):
         for seconds, one in made:
             clock[0] += seconds
             on_receipt(one)
 
-    monkeypatch.setattr(mix, "process_shards", process_shards)
+    return hand_on
 
 
-def test_progress_goes_to_the_terminal_and_to_mlflow_while_it_runs(context, clock, monkeypatch, capsys):
-    job = SimpleNamespace()
-    make(
-        monkeypatch,
+def test_progress_goes_to_the_terminal_and_to_mlflow_while_it_runs(context, clock, capsys):
+    made = work(
         clock,
         (4, receipt(1, 3.0)),
         (0, receipt(1, 9.0, "teacher")),  # follows: neither counted nor paid
@@ -69,7 +60,7 @@ def test_progress_goes_to_the_terminal_and_to_mlflow_while_it_runs(context, cloc
         (4, receipt(3, 3.5)),
         (8, receipt(4, 5.0)),
     )
-    mix.process(context, RECORD, job, [], total=60, done=20, seconds=7.0)
+    mix.process(context, RECORD, made, {"mixed"}, "images", total=60, done=20, seconds=7.0)
     assert capsys.readouterr().err.splitlines() == [
         "mix: 50/60  2.5 images/s  17.0 device-s  0:04 left  12 s",
         "mix: 60/60  2.0 images/s  22.0 device-s  20 s",
@@ -88,18 +79,10 @@ def test_progress_goes_to_the_terminal_and_to_mlflow_while_it_runs(context, cloc
     ]
 
 
-def test_annotations_of_every_annotator_count(context, clock, monkeypatch, capsys):
-    followers = [SimpleNamespace(name=name, shards={1}) for name in ("projection", "teacher")]
-    make(monkeypatch, clock, (1, receipt(1, 0.5, "projection")), (1, receipt(1, 0.5, "teacher")))
-    mix.process(context, RECORD, None, followers, total=20, done=0)
-    assert capsys.readouterr().err.splitlines() == ["mix: 20/20  10.0 images/s  1.0 device-s  2 s"]
-
-
-def test_nothing_to_do_starts_nothing(context, monkeypatch):
-    monkeypatch.setattr(mix, "process_shards", pytest.fail)
-    mix.process(context, RECORD, None, [SimpleNamespace(name="teacher", shards=frozenset())], 10, 10)
-    assert not (context.workspace.root / "receipts.jsonl").exists()
-    assert context.tracker.points == []
+def test_annotations_of_every_annotator_count(context, clock, capsys):
+    made = work(clock, (1, receipt(1, 0.5, "projection")), (1, receipt(1, 0.5, "teacher")))
+    mix.process(context, RECORD, made, {"projection", "teacher"}, "annotations", total=20, done=0)
+    assert capsys.readouterr().err.splitlines() == ["mix: 20/20  10.0 annotations/s  1.0 device-s  2 s"]
 
 
 def test_spent_is_the_last_receipt_of_each_shard(tmp_path):
@@ -109,18 +92,16 @@ def test_spent_is_the_last_receipt_of_each_shard(tmp_path):
     assert mix.spent(log, "mixed", {1, 2, 7}) == 5.0
 
 
-def test_half_a_line_is_cut_off_and_the_next_one_is_whole(context, clock, monkeypatch):
+def test_half_a_line_is_cut_off_and_the_next_one_is_whole(context, clock):
     log = context.workspace.root / "receipts.jsonl"
     write(log, receipt(1, 2.0))
     log.write_text(log.read_text() + '{"part": "mixed", "sha')
     assert mix.spent(log, "mixed", {1}) == 2.0
-    make(monkeypatch, clock, (1, receipt(2, 3.0)))
-    mix.process(context, RECORD, SimpleNamespace(), [], 20, 10)
+    mix.process(context, RECORD, work(clock, (1, receipt(2, 3.0))), {"mixed"}, "images", 20, 10)
     assert [json.loads(line)["shard"] for line in log.read_text().splitlines()] == [1, 2]
 
 
-def test_a_log_of_half_a_line_is_emptied(context, clock, monkeypatch):
+def test_a_log_of_half_a_line_is_emptied(context, clock):
     (context.workspace.root / "receipts.jsonl").write_text('{"part"')
-    make(monkeypatch, clock, (1, receipt(2, 3.0)))
-    mix.process(context, RECORD, SimpleNamespace(), [], 10, 0)
+    mix.process(context, RECORD, work(clock, (1, receipt(2, 3.0))), {"mixed"}, "images", 10, 0)
     assert mix.spent(context.workspace.root / "receipts.jsonl", "mixed", {2}) == 3.0

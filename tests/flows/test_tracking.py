@@ -11,7 +11,7 @@ from cluster.training import RunEvent
 from csm import storage
 from csm.runs import RunSpec
 from csm.training import Method, OptimizerConfig
-from flows import train
+from flows import training
 from flows.tracking import BATCH, EXPERIMENT, PARAM_CHARACTERS, Tracker, flatten, store_uri
 
 PARENT = "mlflow.parentRunId"
@@ -181,9 +181,9 @@ def test_a_classifier_that_was_interrupted_has_every_epoch_once_in_the_end(track
             on_event(event)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "fit_many", interrupted)
+    monkeypatch.setattr(training, "fit_many", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.fit_runs(context, [spec], "train", "classifier")
+        training.fit_runs(context, [spec], "train", "classifier")
     assert [run.info.status for run in runs(client, spec.run)] == ["KILLED"]
 
     def went_on(specs, group, directory, name, on_event):
@@ -191,8 +191,8 @@ def test_a_classifier_that_was_interrupted_has_every_epoch_once_in_the_end(track
         for event in [*epochs(spec.run, 3, 4), RunEvent(spec.run, "done", 0, {}, "")]:  # from its last state, after epoch 2
             on_event(event)
 
-    monkeypatch.setattr(train, "fit_many", went_on)
-    train.fit_runs(context, [spec], "train", "classifier")
+    monkeypatch.setattr(training, "fit_many", went_on)
+    training.fit_runs(context, [spec], "train", "classifier")
     (run,) = runs(client, spec.run)
     assert run.info.status == "FINISHED"
     assert [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss")] == [
@@ -212,9 +212,9 @@ def test_a_classifier_whose_session_ended_before_it_was_logged_is_logged_later(t
     spec = make_spec(tmp_path, "unlogged")
     context = FakeContext(tracker, root)
     write_run(spec)
-    monkeypatch.setattr(train, "fit_many", lambda *arguments: pytest.fail("it is trained already"))
+    monkeypatch.setattr(training, "fit_many", lambda *arguments: pytest.fail("it is trained already"))
     for _ in range(2):
-        train.fit_runs(context, [spec], "train", "classifier")
+        training.fit_runs(context, [spec], "train", "classifier")
         (run,) = runs(client, spec.run)
         assert run.info.status == "FINISHED"
         assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
@@ -234,12 +234,12 @@ def test_an_interrupt_while_a_classifier_is_logged_is_made_good(tracker, client,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "fit_many", trains)
+        patch.setattr(training, "fit_many", trains)
         patch.setattr(tracker, "log_file", pressed)
         with pytest.raises(KeyboardInterrupt):
-            train.fit_runs(context, [spec], "train", "classifier")
+            training.fit_runs(context, [spec], "train", "classifier")
     assert [run.info.status for run in runs(client, spec.run)] == ["KILLED"]
-    train.fit_runs(context, [spec], "train", "classifier")
+    training.fit_runs(context, [spec], "train", "classifier")
     (run,) = runs(client, spec.run)
     assert run.info.status == "FINISHED"
     assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
@@ -254,9 +254,9 @@ def test_a_classifier_that_failed_is_marked_and_keeps_its_epochs(tracker, client
             on_event(event)
         raise RuntimeError("1 of 1 trainings failed")
 
-    monkeypatch.setattr(train, "fit_many", fails)
+    monkeypatch.setattr(training, "fit_many", fails)
     with pytest.raises(RuntimeError, match="1 of 1"):
-        train.fit_runs(FakeContext(tracker, root), [spec], "train", "classifier")
+        training.fit_runs(FakeContext(tracker, root), [spec], "train", "classifier")
     (run,) = runs(client, spec.run)
     assert run.info.status == "FAILED"
     assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [1, 2]

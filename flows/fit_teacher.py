@@ -1,0 +1,65 @@
+"""fit-teacher: the classifiers that annotators and pair policies ask, trained on real images alone."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from csm import storage
+from csm.datasets import RealDataset
+from csm.runs import RunSpec
+from csm.training import Method
+from flows.artifacts import StageRecord, Workspace
+from flows.config import Config
+from flows.stages import Context, Made, Stage
+from flows.training import fit_runs
+
+TEACHER = Method(description="Member of the teacher: cross-entropy on real images")
+TEACHER_SEED = 1000  # members must not be the classifiers of the comparison: those have seeds 0, 1, ...
+
+
+def members(workspace: Workspace, config: Config) -> tuple[Path, ...]:
+    """Folders of the teacher's classifiers."""
+    return tuple(workspace.teacher_member(number).absolute() for number in range(config.annotate.members))
+
+
+def _run(context: Context, record: StageRecord) -> Made:
+    specs = [_member(context, number) for number in range(context.config.annotate.members)]
+    fit_runs(context, specs, record.name, "annotator")
+    return Made(len(specs), storage.digest(*(storage.file_digest(spec.directory / "model.safetensors") for spec in specs)))
+
+
+def _member(context: Context, number: int) -> RunSpec:
+    """One classifier of the teacher, trained as the comparison's cross-entropy is, with a seed of its own."""
+    workspace, train = context.workspace, context.config.train
+    data = RealDataset.load_info(workspace.root)
+    settings = [data.digest, train.network, train.parameters, asdict(train.optimizer), number]
+    return RunSpec(
+        run=f"teacher-{number:02d}",
+        method="teacher",
+        seed=TEACHER_SEED + number,
+        directory=workspace.teacher_member(number).absolute(),
+        data=workspace.root.absolute(),
+        network=train.network,
+        parameters=train.parameters,
+        settings=TEACHER,
+        optimizer=train.optimizer,
+        mixed=None,
+        fingerprint=storage.digest("teacher", *settings),
+    )
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    train = {"network": config.train.network, "parameters": config.train.parameters, "optimizer": asdict(config.train.optimizer)}
+    return {"annotate": {"members": config.annotate.members}, "train": train}
+
+
+STAGE = Stage(
+    name="fit-teacher",
+    unit="classifiers",
+    code_version=1,
+    inputs=("prepare",),
+    settings=_settings,
+    outputs=lambda workspace, config: [member / "run.json" for member in members(workspace, config)],
+    run=_run,
+    incremental=True,
+)

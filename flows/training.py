@@ -1,0 +1,75 @@
+"""Classifiers trained over Ray, each with a run of its own in MLflow."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from cluster.training import RunEvent, fit_many
+from csm import storage
+from csm.runs import RunSpec, is_finished
+from flows.progress import task
+from flows.stages import Context
+
+
+def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -> None:
+    """Train what is unfinished of ``specs``, with progress and one child run in MLflow for each (tag ``csm.kind`` = ``kind``)."""
+    todo = [spec for spec in specs if not is_finished(spec)]
+    for spec in specs:
+        if spec not in todo and not context.tracker.is_finished(run_key(spec)):  # the session that trained it ended too soon
+            _log_finished(context, spec, kind)
+    if not todo:
+        return
+    context.connect()
+    by_name = {spec.run: spec for spec in todo}
+    heard: dict[str, list[tuple[int, dict[str, float]]]] = {}  # epochs of the classifiers that are being trained
+    with task(name, sum(spec.optimizer.epochs for spec in todo)) as progress:
+        done = 0
+
+        def on_event(event: RunEvent) -> None:
+            nonlocal done
+            spec = by_name[event.run]
+            if event.run not in heard:
+                _open_run(context, spec, kind)
+            epochs = heard.setdefault(event.run, [])
+            if event.kind == "epoch":
+                epochs.append((event.epoch, event.values))
+                progress.advance(1, f"{done}/{len(todo)} classifiers")
+                return
+            done += 1
+            progress.advance(0, f"{done}/{len(todo)} classifiers")
+            if event.kind == "done":
+                _log_finished(context, spec, kind)
+            else:
+                context.tracker.log_steps(run_key(spec), epochs)
+                context.tracker.close_run(run_key(spec), "FAILED")
+            del heard[event.run]
+
+        try:
+            fit_many(todo, context.config.resources.train, context.workspace.root / "ray", name, on_event)
+        finally:
+            for run in heard:  # interrupted
+                context.tracker.close_run(run_key(by_name[run]), "KILLED")
+
+
+def _log_finished(context: Context, spec: RunSpec, kind: str) -> None:
+    """Log a finished classifier from its files: every epoch, those before an interruption too, and the model."""
+    _open_run(context, spec, kind)
+    rows = storage.read_json(spec.directory / "history.json")
+    steps = [(int(row["epoch"]), {name: value for name, value in row.items() if name != "epoch"}) for row in rows]
+    context.tracker.log_steps(run_key(spec), steps)
+    for file in ("model.safetensors", "model.json", "predictions.parquet"):
+        context.tracker.log_file(run_key(spec), spec.directory / file)
+    context.tracker.close_run(run_key(spec))
+
+
+def run_key(spec: RunSpec) -> str:
+    """Key of a classifier's MLflow run."""
+    return f"classifier {spec.run} {spec.fingerprint}"
+
+
+def _open_run(context: Context, spec: RunSpec, kind: str) -> None:
+    tags = {"csm.kind": kind, "csm.method": spec.method, "csm.seed": str(spec.seed), "csm.loss": spec.settings.loss}
+    if spec.settings.mixed:
+        tags["csm.annotator"] = spec.settings.mixed.annotator or ""
+    params: dict[str, Any] = {"method": spec.method, "seed": spec.seed, "network": spec.network, **asdict(spec.settings)}
+    context.child(run_key(spec), spec.run, tags, {**params, "optimizer": asdict(spec.optimizer)})
