@@ -8,7 +8,10 @@ import torch
 
 from csm import tables
 from csm.encoders.classifier import load_penultimate, load_teacher
+from csm.encoders.clip import load_clip
+from csm.encoders.dinov2 import load_dinov2
 from csm.encoders.features import FeatureTable
+from csm.encoders.pca import fit_pca, load_pca
 from csm.encoders.pixels import load_pixels
 from csm.encoders.sources import Sources
 from csm.errors import InputError
@@ -41,8 +44,11 @@ class EncoderKind(NamedTuple):
 
 ENCODERS: dict[str, EncoderKind] = {
     "pixels": EncoderKind(load_pixels),
+    "pca": EncoderKind(load_pca, fit_pca),
     "classifier": EncoderKind(load_penultimate, needs=("members",)),
     "teacher": EncoderKind(load_teacher, needs=("members",)),
+    "clip": EncoderKind(load_clip),
+    "dinov2": EncoderKind(load_dinov2),
 }
 
 

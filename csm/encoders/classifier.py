@@ -4,10 +4,16 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from csm.classifiers import Classifier, load_classifier
 from csm.encoders.sources import Sources
+from csm.errors import InputError
+
+# (rows, columns) by which an image is moved: not, along one axis, along both. So many views of an image are the first of these.
+SHIFTS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
+VIEWS = (1, 5, 9)
 
 
 class Penultimate(nn.Module):
@@ -22,15 +28,22 @@ class Penultimate(nn.Module):
 
 
 class Teacher(nn.Module):
-    """Log of the members' mean probabilities, float32 (N, K) (Lakshminarayanan et al. 2017, section 2.4)."""
+    """Log of the mean probabilities over members and views, float32 (N, K) (Lakshminarayanan et al. 2017, section 2.4)."""
 
-    def __init__(self, members: Sequence[Classifier]) -> None:
+    def __init__(self, members: Sequence[Classifier], views: int = 1) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
+        self.views = views
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        votes = torch.stack([member(images).log_softmax(dim=1) for member in self.members])
-        return votes.logsumexp(dim=0) - math.log(len(self.members))
+        views = [shift(images, rows, columns) for rows, columns in SHIFTS[: self.views]]
+        votes = torch.stack([member(view).log_softmax(dim=1) for view in views for member in self.members])
+        return votes.logsumexp(dim=0) - math.log(len(votes))
+
+
+def shift(images: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Images (N, C, H, W) moved down by ``rows`` and right by ``columns``; black comes in, as in ``random_shift``."""
+    return F.pad(images, (columns, -columns, rows, -rows)) if rows or columns else images
 
 
 def load_penultimate(sources: Sources) -> Penultimate:
@@ -38,6 +51,15 @@ def load_penultimate(sources: Sources) -> Penultimate:
     return Penultimate(load_classifier(sources.members[0]))
 
 
-def load_teacher(sources: Sources) -> Teacher:
-    """The average of all members."""
-    return Teacher([load_classifier(member) for member in sources.members])
+def load_teacher(sources: Sources, views: int = 1) -> Teacher:
+    """The average of all members.
+
+    Args:
+        views: of each image: itself; with 5 also moved by one pixel along one axis; with 9 along both.
+
+    Raises:
+        InputError: another number of views.
+    """
+    if views not in VIEWS:
+        raise InputError(f"views: expected {', '.join(map(str, VIEWS))}, got {views}")
+    return Teacher([load_classifier(member) for member in sources.members], views)

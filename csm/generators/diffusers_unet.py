@@ -11,8 +11,8 @@ from torch import nn
 from csm import storage
 from csm.errors import InputError
 from csm.generators.importing import ImportOptions, class_numbers, marking
-from csm.generators.model_folders import read_config, read_model, write_model
 from csm.generators.noise_levels import VPSchedule, read_schedule
+from csm.model_folders import read_config, read_model, write_model
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from csm.errors import InputError
 from csm.generators.guidance import guided
 from csm.generators.importing import ImportOptions, class_numbers, marking
 from csm.generators.latents import decode, read_vae
-from csm.generators.model_folders import read_config, read_model, write_model
 from csm.generators.noise_levels import VPSchedule, read_schedule
+from csm.model_folders import read_config, read_model, write_model
 
 
 @dataclass(frozen=True)

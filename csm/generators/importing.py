@@ -8,7 +8,7 @@ from typing import Any
 
 from csm import storage
 from csm.errors import InputError
-from csm.generators.model_folders import read_config
+from csm.model_folders import read_config
 
 
 @dataclass(frozen=True)

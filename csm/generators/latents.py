@@ -7,7 +7,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from csm.errors import InputError
-from csm.generators.model_folders import read_config, read_model
+from csm.model_folders import read_config, read_model
 
 
 def read_vae(folder: Path, channels: int) -> Any:

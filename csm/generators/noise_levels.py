@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
 from csm.errors import InputError
-from csm.generators.model_folders import read_config
+from csm.model_folders import read_config
 from csm.parameters import expected
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

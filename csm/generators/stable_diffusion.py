@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
 from csm import storage
 from csm.errors import InputError
 from csm.generators.guidance import guided
 from csm.generators.importing import ImportOptions, marking
 from csm.generators.latents import decode, read_vae
-from csm.generators.model_folders import read_config, read_model, write_model
 from csm.generators.noise_levels import VPSchedule, read_schedule
+from csm.model_folders import read_config, read_model, read_tokenizer, write_model
 
 
 @dataclass(frozen=True)
@@ -147,17 +147,7 @@ def encode_prompts(path: Path, prompts: list[str]) -> torch.Tensor:
     Raises:
         InputError: a file is missing or damaged, or a prompt is longer than the T tokens of the text encoder.
     """
-    folder = path / "tokenizer"
-    # Without its files transformers makes a tokenizer to which every word is unknown, and says nothing.
-    if not (folder / "tokenizer.json").exists() and not ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
-        raise InputError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
-    try:
-        tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (
-        Exception
-    ) as error:  # many types for damaged files: OSError, JSONDecodeError, the tokenizers library's plain Exception, ...
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{folder} cannot be loaded as CLIPTokenizer ({type(error).__name__}: {reason})") from None
+    tokenizer = read_tokenizer(path / "tokenizer")
     encoder = read_model(CLIPTextModel, path / "text_encoder", weights="model")
     length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     for prompt, tokens in zip(prompts, tokenizer(prompts).input_ids, strict=True):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from csm.encoders import FeatureTable
+from csm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,11 @@ class HeadKind(NamedTuple):
     load: Callable[[Path], Any]
     pair: bool = False
     encoder: bool = True
+
+
+def check_size(features: torch.Tensor, size: int, head: str) -> None:
+    """``InputError`` unless ``features`` (N, F) have the F = ``size`` that ``head`` was fitted on."""
+    if features.shape[1] != size:
+        raise InputError(
+            f"{head}: it was fitted on {size} numbers for each image, the encoder gives {features.shape[1]}: fit the annotators again"
+        )

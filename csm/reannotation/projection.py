@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from csm import storage
-from csm.reannotation.heads import FitInputs
+from csm.reannotation.heads import FitInputs, check_size
 from csm.reannotation.prototypes import check_distinct, class_prototypes, project
 
 
@@ -23,6 +23,7 @@ class Projection(nn.Module):
         self, features: torch.Tensor | None, class_a: torch.Tensor, class_b: torch.Tensor, lam: torch.Tensor
     ) -> torch.Tensor:
         assert features is not None
+        check_size(features, self.prototypes.shape[1], "projection")
         return project(features, self.prototypes[class_a], self.prototypes[class_b])
 
 

@@ -8,6 +8,7 @@ from csm.reannotation.posterior import fit_posterior, load_posterior
 from csm.reannotation.projection import fit_projection, load_projection
 from csm.reannotation.qda import fit_qda, load_qda
 from csm.reannotation.ratio import fit_ratio, load_ratio
+from csm.reannotation.zero_shot import fit_zero_shot, load_zero_shot
 
 HEADS: dict[str, HeadKind] = {
     "ratio": HeadKind(fit_ratio, load_ratio, pair=True, encoder=False),
@@ -17,4 +18,5 @@ HEADS: dict[str, HeadKind] = {
     "qda": HeadKind(fit_qda, load_qda),
     "knn": HeadKind(fit_knn, load_knn),
     "linear": HeadKind(fit_linear, load_linear),
+    "zero-shot": HeadKind(fit_zero_shot, load_zero_shot),
 }

@@ -1,4 +1,7 @@
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,3 +29,62 @@ def separable() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         return images.to(torch.uint8), labels
 
     return make
+
+
+@pytest.fixture
+def edit() -> Callable[..., None]:
+    """``edit(file, key=value, ...)`` changes keys of a JSON file; None as a value is null."""
+
+    def change(file: Path, **changes: Any) -> None:
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP with random weights in the files of the published ones; it spells its words, embeddings have 6 numbers."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "words").mkdir()
+    (folder / "words" / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "words" / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer.from_pretrained(folder / "words", model_max_length=24).save_pretrained(folder)
+    layers: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": 6,
+        "initializer_range": 0.5,
+    }
+    text = {
+        **layers,
+        "vocab_size": len(words),
+        "max_position_embeddings": 24,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+    torch.manual_seed(4)
+    vision = {**layers, "image_size": 16, "patch_size": 4}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=6)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "crop_size": 16,
+                "do_center_crop": True,
+                "do_normalize": True,
+                "do_resize": True,
+                "feature_extractor_type": "CLIPFeatureExtractor",
+                "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711],
+                "resample": 3,
+                "size": 16,
+            }
+        )
+    )
+    return folder

@@ -1,9 +1,7 @@
 """Folders of tiny models with random weights, as diffusers and transformers save them."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,16 +19,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 TOKENS = 12  # that the tiny text encoder reads
-
-
-@pytest.fixture
-def edit() -> Callable[..., None]:
-    """``edit(file, key=value, ...)`` changes keys of a JSON file; None as a value is null."""
-
-    def change(file: Path, **changes: Any) -> None:
-        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-    return change
 
 
 def vae() -> AutoencoderKL:

@@ -1,6 +1,7 @@
 """Models as diffusers and transformers save them: a folder with ``config.json`` and weights. Nothing of what is in them is run."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from csm.errors import InputError
+
+FILES = ["*.json", "model*.safetensors", "merges.txt"]  # of a model on the hub: configurations, words, weights
+
+
+def find_folder(path: str) -> Path:
+    """The folder of the model of transformers at ``path``, fetched from the Hugging Face hub if that is no folder here.
+
+    Args:
+        path: a local folder; or the model's name on the hub, owner/name. What was fetched before is taken from the hub's cache.
+
+    Raises:
+        InputError: there is no such folder, and the model cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download  # it and transformers take seconds to import; only who needs them pays
+
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        raise InputError(f"path: folder {path} does not exist")
+    try:
+        found = Path(snapshot_download(path, allow_patterns=FILES))
+        if not list(found.glob("*.safetensors")):  # some of the oldest models have none; `read_model` takes only tensors from it
+            found = Path(snapshot_download(path, allow_patterns=[*FILES, "pytorch_model.bin"]))
+    except Exception as error:  # many types: of the hub, of the connection, of the disk
+        raise InputError(
+            f"path: there is no folder {path}, and the Hugging Face hub does not give a model of this name "
+            f"({type(error).__name__}): fetch it elsewhere and give its folder"
+        ) from error
+    return found
 
 
 def read_config(path: Path, classes: Sequence[str] = ()) -> dict[str, Any]:
@@ -57,10 +88,14 @@ def read_model(kind: Any, folder: Path, weights: str = "diffusion_pytorch_model"
         for file in _weight_files(safe, weights):
             _check_whole(file)
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-        # low_cpu_mem_usage needs accelerate; transformers' models have no such option.
-        options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False} if weights != "model" else {"dtype": torch.float32}
+        if weights == "model":
+            # Other shapes are told below: the error of transformers points to a table that it prints.
+            options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+        else:
+            options |= {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}  # needs accelerate
         try:
-            model, report = kind.from_pretrained(safe, **options)
+            with _quiet():
+                model, report = kind.from_pretrained(safe, **options)
         # Many types for a configuration that does not fit: TypeError, ValueError, RuntimeError, OSError, ...
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
@@ -68,11 +103,49 @@ def read_model(kind: Any, folder: Path, weights: str = "diffusion_pytorch_model"
     if report["missing_keys"]:  # both libraries would go on with random numbers
         missing = sorted(report["missing_keys"])
         raise InputError(f"{folder}: {len(missing)} of the weights of {kind.__name__} are missing, for example {missing[0]}")
+    if weights == "model" and report["mismatched_keys"]:
+        name, found, wanted = sorted(report["mismatched_keys"])[0]
+        raise InputError(f"{folder}: {name} is {tuple(found)}; by config.json it is {tuple(wanted)}")
     # Old files of text encoders also hold the numbers of their positions, which are no weights.
     unexpected = sorted(name for name in report["unexpected_keys"] if not name.endswith("position_ids"))
     if unexpected:  # those of a larger model than the configuration's would be left out
         raise InputError(f"{folder}: {len(unexpected)} of the weights are not of {kind.__name__}, for example {unexpected[0]}")
     return model.eval().requires_grad_(False)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The CLIPTokenizer saved in ``folder``.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    from transformers import CLIPTokenizer
+
+    # Without its files transformers makes a tokenizer to which every word is unknown, and says nothing.
+    if not (folder / "tokenizer.json").exists() and not ((folder / "vocab.json").exists() and (folder / "merges.txt").exists()):
+        raise InputError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    # Many types for damaged files: OSError, JSONDecodeError, the tokenizers library's plain Exception, ...
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder} cannot be loaded as CLIPTokenizer ({type(error).__name__}: {reason})") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and tables of transformers: what is wrong is raised."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -1,23 +1,42 @@
 import json
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import UNet2DModel
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from csm.errors import InputError
-from csm.generators.model_folders import read_config, read_model, write_model
+from csm.model_folders import find_folder, read_config, read_model, write_model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    folder = tmp_path_factory.mktemp("unet")
+    unet.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def folder(unet_pipeline: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(unet_pipeline / "unet", tmp_path / "model"))
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
 def refused(folder: Path, message: str) -> None:
@@ -166,3 +185,80 @@ def test_damaged_configurations_are_named(tmp_path: Path, text: str, message: st
 def test_a_folder_in_place_of_a_configuration_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
         read_config(tmp_path)
+
+
+class Hub:
+    """In place of ``snapshot_download``: there is no network where the tests run."""
+
+    def __init__(self, folder: Path, files: list[str] | None = None) -> None:
+        self.folder, self.files, self.calls = folder, files, list[tuple[str, list[str]]]()
+
+    def __call__(self, name: str, allow_patterns: list[str]) -> str:
+        self.calls.append((name, allow_patterns))
+        if self.files is None:
+            raise LocalEntryNotFoundError("no connection\nin many lines")
+        self.folder.mkdir(exist_ok=True)
+        for file in self.files:
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (self.folder / file).touch()
+        return str(self.folder)
+
+
+def fetched(hub: Hub, path: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    assert find_folder(path) == hub.folder
+    return sorted(file.name for file in hub.folder.iterdir())
+
+
+PUBLISHED = [
+    "README.md",
+    "config.json",
+    "flax_model.msgpack",
+    "merges.txt",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "vocab.json",
+]
+
+
+def test_from_the_hub_come_configuration_words_and_weights_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    hub = Hub(tmp_path / "cache", [*PUBLISHED, *shards, "pytorch_model.bin", "evil.py", "training_args.bin"])
+    wanted = ["config.json", "merges.txt", *shards, "preprocessor_config.json", "tokenizer.json", "vocab.json"]
+    assert fetched(hub, "openai/clip-vit-base-patch32", monkeypatch) == sorted(wanted)
+    assert [name for name, _ in hub.calls] == ["openai/clip-vit-base-patch32"]
+
+
+def test_weights_as_a_pickle_come_only_if_there_are_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(tmp_path / "cache", [*PUBLISHED, "pytorch_model.bin", "training_args.bin"])
+    wanted = ["config.json", "merges.txt", "preprocessor_config.json", "pytorch_model.bin", "tokenizer.json", "vocab.json"]
+    assert fetched(hub, "owner/name", monkeypatch) == wanted  # `read_model` takes only tensors from it
+    assert len(hub.calls) == 2
+
+
+def test_a_local_folder_is_taken_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert find_folder("owner/name") == Path("owner/name")
+    assert find_folder(str(tmp_path)) == tmp_path
+    assert hub.calls == []
+
+
+def test_without_a_connection_the_user_is_told_to_give_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(tmp_path))
+    with pytest.raises(
+        InputError, match=r"no folder a/b, and the .* hub does not give .* \(LocalEntryNotFoundError\).* folder$"
+    ) as caught:
+        find_folder("a/b")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["/absent/folder", "./a/b", "../b", "a/b/c", "name", "a /b"])
+def test_what_is_no_name_on_the_hub_is_a_folder_that_is_missing(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"path: folder .*does not exist"):
+        find_folder(path)

@@ -1,0 +1,57 @@
+"""DINOv2 (Oquab et al. 2024) as transformers saves it."""
+
+import torch
+from torch import nn
+
+from csm.encoders.preprocessing import read_preprocessing
+from csm.encoders.sources import Sources
+from csm.encoders.vision import Vision
+from csm.errors import InputError
+from csm.model_folders import find_folder, read_config, read_model
+
+
+class ClassToken(nn.Module):
+    """Pixels (N, C, h, w) -> class tokens (N, F) after the last layer's norm.
+
+    Its authors classify with this token alone by nearest neighbours, and use it for their linear probes (app. B): what it says of the
+    image as a whole needs no further training, unlike the patch tokens.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        token: torch.Tensor = self.model(pixel_values=pixels).pooler_output
+        return token
+
+
+def load_dinov2(sources: Sources, path: str = "facebook/dinov2-base", precision: str = "auto") -> Vision:
+    """The DINOv2 model at ``path``.
+
+    Args:
+        path: a folder that Dinov2Model of transformers was saved to, with ``preprocessor_config.json``; or its name on the Hugging Face
+            hub.
+        precision: "auto", "float32" or "bfloat16" (``Vision``).
+
+    Raises:
+        InputError: there is no such model, a file is missing or damaged, or the model is of another kind.
+    """
+    from transformers import Dinov2Model  # takes seconds; only who needs it pays
+
+    folder = find_folder(path)
+    file = folder / "config.json"
+    name = read_config(file).get("model_type")
+    if name != "dinov2":
+        raise InputError(f"{file}: model_type is {name!r}; expected dinov2")
+    model = read_model(Dinov2Model, folder, weights="model")
+    preprocessing = read_preprocessing(folder, model.config.num_channels)
+    return Vision(
+        "dinov2",
+        ClassToken(model),
+        preprocessing,
+        model.config.num_channels,
+        model.config.image_size,
+        fixed=False,  # it interpolates its positions
+        precision=precision,
+    )
