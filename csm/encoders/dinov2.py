@@ -13,7 +13,7 @@ from csm.model_folders import find_folder, read_config, read_model
 class ClassToken(nn.Module):
     """Pixels (N, C, h, w) -> class tokens (N, F) after the last layer's norm.
 
-    Its authors classify with this token alone by nearest neighbours, and use it for their linear probes (app. B): what it says of the
+    Its authors classify with this token alone by nearest neighbours, and use it for their linear probes: what it says of the
     image as a whole needs no further training, unlike the patch tokens.
     """
 
