@@ -1,19 +1,13 @@
-"""From what an annotator stored to the soft label that a classifier learns; the calibration is applied when labels are read.
+"""Calibrators by name: how the log-posterior of a posterior head, or the share of a pair head, becomes a probability."""
 
-What a calibrator reads is the log-posterior (N, K) of a posterior head, or the shares of a pair head.
-"""
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
-
-import polars as pl
 import torch
 from torch import Tensor
 
 from csm.errors import InputError
-from csm.metrics.scores import check_logits
 from csm.posthoc import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
@@ -24,14 +18,8 @@ from csm.posthoc import (
     fit_vector,
 )
 
-if TYPE_CHECKING:  # it imports the ensemble, which imports this module
-    from csm.reannotation.annotator import Annotator
-
-FOLDS, FOLD_SEED = 5, 0
-IMAGES_PER_CLASS = 10  # held-out images that a calibrator with numbers for each class needs
-PAPER_SCALE = 4.0
+PAPER_SCALE = 4.0  # Luo et al. 2025
 Knots = tuple[tuple[float, float], ...]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,100 +56,6 @@ class Calibration:
     note: str = ""
 
 
-def fit_calibration(
-    calibrator: str,
-    log_posterior: Tensor | None,
-    shares: Tensor | None,
-    labels: Tensor,
-    *,
-    scale: float | None = None,
-    pair: bool = False,
-) -> Calibration:
-    """Fit a calibrator by NLL on real images that the annotator was not fitted on.
-
-    ``vector`` and ``isotonic`` need 10 images of each class; with fewer, ``temperature`` (posterior heads) or ``scale`` (pair heads)
-    is fitted instead, and ``note`` says so.
-
-    Args:
-        calibrator: a key of ``CALIBRATORS``.
-        log_posterior: (N, K) of held-out real images, for posterior heads.
-        shares: (N, K) from ``held_out_shares``, for pair heads. Both are None for a head that says nothing of a real image (ratio).
-        labels: int64 (N,).
-        scale: s of ``scale``; None: fitted.
-        pair: labels are restricted to the pair.
-
-    Raises:
-        InputError: the calibrator is not one for such a head, there are fewer than 2 images, or an annotation is not finite.
-    """
-    kind = find_calibrator(calibrator)
-    if scale is not None and (calibrator != "scale" or not 0 < scale < float("inf")):
-        raise InputError(f"calibrator {calibrator} with scale {scale:g}: scale must be > 0 and goes with calibrator scale alone")
-    scores = shares if log_posterior is None else log_posterior
-    if scores is None:
-        if calibrator != "none":
-            raise InputError(f"calibrator {calibrator} has nothing to be fitted on: this head takes calibrator none")
-        return Calibration("none", pair=True)
-    fit, nll = (kind.fit_share, _pair_nll) if log_posterior is None else (kind.fit_posterior, _posterior_nll)
-    if fit is None:
-        suited = [
-            name for name, other in CALIBRATORS.items() if (other.fit_share if log_posterior is None else other.fit_posterior)
-        ]
-        knows = "only the pair" if log_posterior is None else "all classes"
-        raise InputError(f"calibrator {calibrator} is not for a head that knows {knows}: take one of {', '.join(suited)}")
-    if len(labels) < 2:
-        raise InputError(f"calibration: {len(labels)} held-out images; expected at least 2: enlarge the validation split")
-    if not scores.isfinite().all():
-        raise InputError("calibration: an annotation of a held-out real image is not finite: check the encoder and the images")
-    check_logits(scores, labels)
-
-    note = _lacking(labels, scores.shape[1]) if kind.per_class else ""
-    if note:
-        instead = "scale" if log_posterior is None else "temperature"
-        note = f"{calibrator} {note}: {instead} instead"
-        fit = CALIBRATORS[instead].fit_share if log_posterior is None else CALIBRATORS[instead].fit_posterior
-        assert fit is not None
-    chosen = fit if scale is None else partial(_fixed_scale, scale)
-    fitted = chosen(scores, labels)
-    return replace(
-        fitted,
-        pair=pair or log_posterior is None,
-        images=len(labels),
-        nll_before=_finite(nll(scores, labels, Calibration("none")).mean()),
-        nll_after=_finite(nll(scores, labels, fitted).mean()),
-        nll=_finite(
-            cross_fitted(
-                labels,
-                lambda rows: chosen(scores[rows], labels[rows]),
-                lambda fold, rows: nll(scores[rows], labels[rows], fold),
-            ).mean()
-        ),
-        note="; ".join(filter(None, (note, fitted.note))),
-    )
-
-
-def held_out_shares(annotator: "Annotator", features: Mapping[str, Tensor], labels: Tensor, n_classes: int) -> Tensor:
-    """What a pair head says of real images: float32 (N, K), entry (i, k) the share of image i's own class against class k.
-
-    Args:
-        annotator: one that knows only the pair.
-        features: of the images by encoder, on the annotator's device.
-        labels: int64 (N,), on the same device.
-        n_classes: K.
-
-    Returns:
-        Not clipped; 1 where k is the image's own class.
-    """
-    shares = torch.ones(len(labels), n_classes, device=labels.device)
-    for other in range(n_classes):
-        rows = (labels != other).nonzero().squeeze(1)
-        own = labels[rows]
-        chosen = {name: feature[rows] for name, feature in features.items()}
-        shares[rows, other], _ = annotator.annotate(
-            chosen, own, torch.full_like(own, other), torch.ones_like(own, dtype=torch.float32)
-        )
-    return shares
-
-
 def apply_calibration(log_posterior: Tensor, calibration: Calibration) -> Tensor:
     """Calibrated log-posterior float64 (N, K), rows normalised, of a log-posterior (N, K); before a restriction to the pair.
 
@@ -185,27 +79,6 @@ def refit(calibration: Calibration, log_posterior: Tensor, labels: Tensor) -> Ca
     return fit(log_posterior, labels)
 
 
-def choose(candidates: Mapping[str, Calibration]) -> tuple[str, str]:
-    """The annotator of least cross-fitted NLL on held-out real images, ties to the earlier one; and why, in one line.
-
-    Raises:
-        InputError: there is no candidate, or one gives nothing outside the pair: its NLL over K classes is infinite.
-    """
-    if not candidates:
-        raise InputError("annotate.candidates is empty: name annotators to choose from")
-    scores = {}
-    for name, calibration in candidates.items():
-        if calibration.pair or calibration.nll is None:
-            raise InputError(
-                f"annotate.candidates: {name} gives no probability outside the pair, so its NLL over all classes is infinite: "
-                "leave it out, or name it as the annotator"
-            )
-        scores[name] = calibration.nll
-    first, *others = sorted(scores, key=lambda name: scores[name])  # stable: ties stay in order
-    reason = f"{first}: NLL {scores[first]:.3g} on {candidates[first].images} validation images"
-    return first, reason + (f", next {others[0]} {scores[others[0]]:.3g}" if others else "")
-
-
 def describe(calibration: Calibration) -> str:
     """What the labels are, in some words: "of all classes, at temperature 1.5, fitted on 300 real images"."""
     values = {"none": "as annotated", "vector": "by vector scaling", "isotonic": "by isotonic regression"}
@@ -218,94 +91,11 @@ def describe(calibration: Calibration) -> str:
     return f"of {'the two classes alone' if calibration.pair else 'all classes'}, {values[calibration.calibrator]}{fitted}"
 
 
-def soft_labels(plan: pl.DataFrame, annotations: pl.DataFrame, n_classes: int, calibration: Calibration) -> pl.DataFrame:
-    """Soft labels of annotated rows: columns mix_id and soft_label (Array(Float32, K), rows sum to 1).
-
-    With a log-posterior: the calibrated posterior over all K classes, or, if ``calibration.pair``, its restriction to the pair.
-    Without: class_a gets the calibrated share, class_b the rest.
-
-    Raises:
-        InputError: an annotation is no number or no distribution, only some rows of the annotator have a log-posterior, or the
-            calibration is one for other annotations.
-    """
-    rows = annotations.join(plan.select("mix_id", "class_a", "class_b"), on="mix_id", how="inner")
-    if not rows["lam_raw"].is_finite().fill_null(False).all():
-        raise InputError("annotations: lam_raw is not finite in some rows: check the annotator and annotate again")
-    missing = rows["log_posterior"].null_count()
-    if missing not in (0, len(rows)):
-        raise InputError(f"annotations: log_posterior is null in {missing} of {len(rows)} rows; expected all or none")
-    index = torch.arange(len(rows))
-    class_a, class_b = (torch.tensor(rows[name].to_list(), dtype=torch.int64) for name in ("class_a", "class_b"))
-    if missing == 0 and len(rows):
-        log_posterior = apply_calibration(torch.from_numpy(rows["log_posterior"].to_numpy().copy()), calibration)
-        labels = log_posterior.exp()
-        odds = log_posterior[index, class_a] - log_posterior[index, class_b]  # nan if neither class has any mass
-        if labels.isnan().any() or (
-            calibration.pair and odds.isnan().any()
-        ):  # of NaN, of +inf, and of a row that is -inf throughout
-            raise InputError("annotations: log_posterior is no distribution in some rows: check the annotator and annotate again")
-    else:
-        apply = find_calibrator(calibration.calibrator).apply_share
-        if apply is None:
-            raise InputError(
-                f"annotations: log_posterior is null, which calibrator {calibration.calibrator} needs: annotate again"
-            )
-        labels = torch.empty(len(rows), n_classes, dtype=torch.float64)
-        odds = apply(torch.from_numpy(rows["lam_raw"].to_numpy().copy()).double(), calibration)
-    if calibration.pair or missing:
-        labels.zero_()
-        labels[index, class_a] = torch.sigmoid(odds)
-        labels[index, class_b] = torch.sigmoid(-odds)
-    column = pl.Series("soft_label", labels.float().numpy(), dtype=pl.Array(pl.Float32, n_classes))
-    return rows.select("mix_id").with_columns(column)
-
-
-def cross_fitted(labels: Tensor, fit: Callable[[Tensor], T], score: Callable[[T, Tensor], Tensor]) -> Tensor:
-    """Scores float64 (N,) of images by what was fitted on the folds that they are not in; ``fit`` and ``score`` get row numbers."""
-    scores = torch.empty(len(labels), dtype=torch.float64, device=labels.device)
-    for held_out in stratified_folds(labels):
-        rows = torch.ones_like(labels, dtype=torch.bool)
-        rows[held_out] = False
-        scores[held_out] = score(fit(rows.nonzero().squeeze(1)), held_out)
-    return scores
-
-
-def stratified_folds(labels: Tensor) -> Iterator[Tensor]:
-    """Row numbers of the 5 folds (fewer if there are fewer rows): the images of each class in random order, dealt in turn."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(FOLD_SEED)).to(labels.device)
-    order = order[labels[order].argsort(stable=True)]
-    for fold in range(min(FOLDS, len(labels))):
-        yield order[fold::FOLDS]
-
-
 def find_calibrator(name: str) -> "CalibratorKind":
     """The entry ``name`` of ``CALIBRATORS``; ``InputError`` says which there are."""
     if name not in CALIBRATORS:
         raise InputError(f"calibrator {name} is unknown: take one of {', '.join(CALIBRATORS)}")
     return CALIBRATORS[name]
-
-
-def _lacking(labels: Tensor, n_classes: int) -> str:
-    counts = torch.bincount(labels, minlength=n_classes)
-    if counts.min() >= IMAGES_PER_CLASS:
-        return ""
-    return f"needs {IMAGES_PER_CLASS} held-out images of each class, class {int(counts.argmin())} has {int(counts.min())}"
-
-
-def _finite(value: Tensor) -> float | None:
-    return value.item() if value.isfinite() else None  # JSON has no infinity
-
-
-def _posterior_nll(log_posterior: Tensor, labels: Tensor, calibration: Calibration) -> Tensor:
-    return -apply_calibration(log_posterior, calibration).gather(1, labels[:, None]).squeeze(1)
-
-
-def _pair_nll(shares: Tensor, labels: Tensor, calibration: Calibration) -> Tensor:
-    """Mean over the other classes of -log p(own class), float64 (N,)."""
-    apply = CALIBRATORS[calibration.calibrator].apply_share
-    assert apply is not None
-    nll = -torch.nn.functional.logsigmoid(apply(shares.double(), calibration))
-    return nll.scatter(1, labels[:, None], 0.0).sum(dim=1) / (shares.shape[1] - 1)
 
 
 def _other_shares(shares: Tensor, labels: Tensor) -> Tensor:
@@ -317,10 +107,13 @@ def _fit_none(scores: Tensor, labels: Tensor) -> Calibration:
     return Calibration("none")
 
 
+<<<<<<< HEAD
 def _fixed_scale(scale: float, shares: Tensor, labels: Tensor) -> Calibration:
     return Calibration("scale", scale=scale, fixed=True)
 
 
+=======
+>>>>>>> i4-calibrators
 def _fit_scale(shares: Tensor, labels: Tensor) -> Calibration:
     """s of least mean of -log sigmoid(s (share - 0.5)); a temperature 1 / s of two logits, so in the same range."""
     off = _other_shares(shares, labels) - 0.5
@@ -329,19 +122,19 @@ def _fit_scale(shares: Tensor, labels: Tensor) -> Calibration:
         return Calibration("scale", scale=PAPER_SCALE, note=note)
     logits = torch.stack([off, torch.zeros_like(off)], dim=1)
     temperature = fit_temperature(logits, torch.zeros_like(off, dtype=torch.int64))
-    return Calibration("scale", scale=1 / temperature, note=_at_the_end("s", temperature, 1 / temperature))
+    note = f"s = {1 / temperature:g} is the end of its range" if temperature in (MIN_TEMPERATURE, MAX_TEMPERATURE) else ""
+    return Calibration("scale", scale=1 / temperature, note=note)
 
 
 def _fit_temperature(log_posterior: Tensor, labels: Tensor) -> Calibration:
     own = log_posterior.gather(1, labels[:, None]).squeeze(1)
     if (own >= log_posterior.amax(dim=1)).all():
         return Calibration("temperature", temperature=1.0, note="every held-out image is right, which does not tell T: kept at 1")
-    temperature = fit_temperature(log_posterior, labels)
-    return Calibration("temperature", temperature=temperature, note=_at_the_end("T", temperature, temperature))
-
-
-def _at_the_end(name: str, temperature: float, value: float) -> str:
-    return f"{name} = {value:g} is the end of its range" if temperature in (MIN_TEMPERATURE, MAX_TEMPERATURE) else ""
+    # A likelihood of many pixels can need a T of hundreds, beyond the range that fits a classifier's logits.
+    spread = max(1.0, log_posterior.double().std(dim=1).mean().item())
+    temperature = fit_temperature(log_posterior.double() / spread, labels)
+    note = f"T = {temperature * spread:g} is the end of its range" if temperature in (MIN_TEMPERATURE, MAX_TEMPERATURE) else ""
+    return Calibration("temperature", temperature=temperature * spread, note=note)
 
 
 def _fit_vector(log_posterior: Tensor, labels: Tensor) -> Calibration:

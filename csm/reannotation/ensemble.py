@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from csm import storage
 from csm.errors import InputError
-from csm.reannotation.calibrators import Calibration, apply_calibration, cross_fitted, fit_calibration, refit
+from csm.reannotation.calibration import cross_fitted, fit_calibration
+from csm.reannotation.calibrators import Calibration, apply_calibration, refit
 
 TOLERANCE, MAX_STEPS = 1e-6, 10_000
 

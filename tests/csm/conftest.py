@@ -88,3 +88,22 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def held_out_posterior() -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-posteriors (600, 3) that are three times too certain and lean to class 0, and labels."""
+    draw = torch.Generator().manual_seed(0)
+    truth = torch.randn(600, 3, generator=draw, dtype=torch.float64)
+    labels = torch.multinomial(truth.softmax(dim=1), 1, generator=draw).squeeze(1)
+    return (3 * truth + torch.tensor([3.0, 0.0, 0.0])).log_softmax(dim=1).float(), labels
+
+
+@pytest.fixture(scope="session")
+def held_out_pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Shares (300, 3) whose log-odds are 6 (share - 0.5), and labels."""
+    draw = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 3, (300,), generator=draw)
+    share = 0.5 + 0.8 * torch.randn(300, 3, generator=draw)
+    own = torch.rand(300, 3, generator=draw) < torch.sigmoid(6 * (share - 0.5))
+    return torch.where(own, share, 1 - share), labels
