@@ -107,13 +107,6 @@ def _fit_none(scores: Tensor, labels: Tensor) -> Calibration:
     return Calibration("none")
 
 
-<<<<<<< HEAD
-def _fixed_scale(scale: float, shares: Tensor, labels: Tensor) -> Calibration:
-    return Calibration("scale", scale=scale, fixed=True)
-
-
-=======
->>>>>>> i4-calibrators
 def _fit_scale(shares: Tensor, labels: Tensor) -> Calibration:
     """s of least mean of -log sigmoid(s (share - 0.5)); a temperature 1 / s of two logits, so in the same range."""
     off = _other_shares(shares, labels) - 0.5
