@@ -59,6 +59,11 @@ class Workspace:
         return self.root / "real" / "part-00000.parquet"
 
     @property
+    def truth(self) -> Path:
+        """The law of the real images, where it is known."""
+        return self.root / "truth"
+
+    @property
     def generator(self) -> Path:
         return self.root / "generator"
 
@@ -166,7 +171,7 @@ def is_url(path: Path) -> bool:
 def _remove_temporaries(root: Path) -> None:
     """Remove what a killed process wrote beside its files (`storage.replacing`) and could not rename any more."""
     if (root / "stages").is_dir():
-        folders = [root / name for name in ("stages", "real", "generator", "mixed", "annotations", "annotators", "runs")]
+        folders = [root / name for name in ("stages", "real", "truth", "generator", "mixed", "annotations", "annotators", "runs")]
         for path in [*root.glob(".*.tmp"), *(path for folder in folders for path in folder.rglob(".*.tmp"))]:
             path.unlink(missing_ok=True)
 

@@ -20,14 +20,16 @@ SAMPLER = SamplerConfig(solver="heun", spacing="karras", steps=18, sigma_min=0.0
 
 
 def fit(context: Context, record: StageRecord) -> list[float]:
-    """Train the generator into the workspace, going on from ``state.pt`` there, and return the loss of every step (Gaussians: of none).
+    """Train the generator into the workspace, going on from ``state.pt`` there, and return the loss of every step.
 
-    One worker without a GPU on this machine is this process, with all its cores: Ray would add seconds to a short training. Everything
-    else is a Ray Train group of ``resources.fit``.
+    Gaussians are fitted, and the truth is copied, in no step. One worker without a GPU on this machine is this process, with all its
+    cores: Ray would add seconds to a short training. Everything else is a Ray Train group of ``resources.fit``.
     """
-    if context.config.generator.kind == "gaussians":
+    kind = context.config.generator.kind
+    if kind in ("gaussians", "truth"):
         data = RealDataset.load(context.workspace.root)
-        fit_gaussians(*data.split("train"), data.info.n_classes).save(context.workspace.generator)
+        generator = data.truth if kind == "truth" else fit_gaussians(*data.split("train"), data.info.n_classes)
+        generator.save(context.workspace.generator)
         return []
     from csm.generators.fitting import FitJob, fit_job  # importing diffusers takes seconds; only who needs it pays
 

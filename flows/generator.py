@@ -32,6 +32,11 @@ def check_generator(verb: str, config: GeneratorConfig) -> None:
     kind_of_model(config)
 
 
+def _check(context: Context) -> None:
+    if context.config.generator.kind == "truth" and not context.workspace.truth.is_dir():
+        raise InputError("generator.kind: truth needs data whose law is known: set data.source=gaussians, or another kind")
+
+
 def _run(context: Context, record: StageRecord) -> Made:
     return import_generator(context, record) if context.config.generator.path else fit_generator(context, record)
 
@@ -41,8 +46,8 @@ def _settings(config: Config) -> dict[str, Any]:
     if config.generator.path:
         files = model_files(config.generator.path)
         return {"generator": {name: generator[name] for name in IMPORT_SETTINGS}, "files": f"{len(files)} files, {digest(files)}"}
-    if config.generator.kind == "gaussians":
-        return {"generator": {"kind": "gaussians"}}
+    if config.generator.kind in ("gaussians", "truth"):
+        return {"generator": {"kind": config.generator.kind}}
     # Like the number of workers, micro_batch changes the order of sums only, so a training may go on with a smaller one.
     return {"generator": {name: value for name, value in generator.items() if name not in (*IMPORT_SETTINGS, "micro_batch")}}
 
@@ -54,6 +59,7 @@ STAGE = Stage(
     inputs=("prepare",),
     settings=_settings,
     outputs=lambda workspace, config: [workspace.generator],
+    check=_check,
     run=_run,
     costly=True,
 )

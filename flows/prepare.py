@@ -2,10 +2,11 @@
 
 import json
 from functools import lru_cache
+from pathlib import Path
 
 from csm.datasets import RealDataset, load_dataset, source_digest
 from csm.errors import InputError
-from flows.artifacts import StageRecord
+from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.progress import say
 from flows.stages import Context, Made, Stage
@@ -35,12 +36,17 @@ def _load(data: str) -> RealDataset:
         raise InputError(f"data: {error}") from None
 
 
+def _outputs(workspace: Workspace, config: Config) -> list[Path]:
+    truth = [workspace.truth] if config.data["source"] == "gaussians" else []
+    return [workspace.dataset, workspace.root / "real", *truth]
+
+
 STAGE = Stage(
     name="prepare",
     code_version=1,
     inputs=(),
     settings=lambda config: {"data": config.data, "files": source_digest(**config.data)},
-    outputs=lambda workspace, config: [workspace.dataset, workspace.root / "real"],
+    outputs=_outputs,
     check=lambda context: _dataset(context.config),
     run=_run,
     costly=True,

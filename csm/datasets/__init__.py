@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from csm.datasets.digits import digits, digits_hard
+from csm.datasets.gaussians import gaussians
 from csm.datasets.image_folder import image_folder, source_files
 from csm.datasets.real import DatasetInfo, RealDataset
 from csm.errors import InputError
@@ -14,6 +15,7 @@ DATASETS: dict[str, Callable[..., RealDataset]] = {
     "digits": digits,
     "digits-hard": digits_hard,
     "image-folder": image_folder,
+    "gaussians": gaussians,
 }
 
 

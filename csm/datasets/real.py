@@ -1,7 +1,8 @@
 """The `real` table and what is known of it: the form that every data set takes."""
 
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from csm import storage, tables
 from csm.errors import InputError
+from csm.generators import ExactGenerator, load_truth
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class RealDataset:
-    """A `real` table with its info."""
+    """A `real` table with its info. ``truth``: the law that its images were drawn from, where that is known."""
 
     info: DatasetInfo
     frame: pl.DataFrame
+    truth: ExactGenerator | None = None
 
     def split(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return images uint8 (N, C, H, W) and labels int64 (N,) of split ``name``, in order of image_id."""
@@ -47,7 +50,11 @@ class RealDataset:
         return tables.to_images(rows["image"], self.info.shape), labels
 
     def save(self, directory: Path) -> None:
-        """Write ``real/part-00000.parquet`` and then ``dataset.json`` below ``directory``."""
+        """Write ``truth/`` if there is one, ``real/part-00000.parquet`` and then ``dataset.json`` below ``directory``."""
+        if self.truth is not None:
+            self.truth.save(directory / "truth")
+        elif (directory / "truth").exists():  # of the data set that was there before
+            shutil.rmtree(directory / "truth")
         tables.write(self.frame, directory / "real" / "part-00000.parquet", tables.REAL)
         storage.write_json(directory / "dataset.json", asdict(self.info))
 
@@ -60,7 +67,8 @@ class RealDataset:
     def load(cls, directory: Path) -> "RealDataset":
         """Read what ``save`` wrote."""
         info = cls.load_info(directory)
-        return cls(info, tables.read(directory / "real" / "part-00000.parquet", tables.REAL))
+        frame = tables.read(directory / "real" / "part-00000.parquet", tables.REAL)
+        return cls(info, frame, load_truth(directory / "truth"))
 
 
 def build(
@@ -115,6 +123,13 @@ def build(
         digest=storage.bytes_digest(*content),
     )
     return RealDataset(info, tables.check(frame, tables.REAL, name))
+
+
+def with_truth(dataset: RealDataset, truth: ExactGenerator) -> RealDataset:
+    """``dataset`` with the law that its images were drawn from, which its digest then covers."""
+    tensors = [tensor.cpu().contiguous().numpy().tobytes() for _, tensor in sorted(truth.state_dict().items())]
+    digest = storage.bytes_digest(dataset.info.digest.encode(), *tensors)
+    return replace(dataset, info=replace(dataset.info, digest=digest), truth=truth)
 
 
 def stratified_splits(labels: np.ndarray, val: float, test: float, seed: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Generators: whatever the model, it becomes ``embed(labels)``, ``denoise(x, sigma, condition)`` and ``decode(x)``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -55,6 +55,26 @@ class Generator(Protocol):
         ...
 
 
+class ExactGenerator(Generator, Protocol):
+    """A generator whose images have a known law."""
+
+    def sample(self, labels: Sequence[int], seeds: Sequence[int]) -> torch.Tensor:
+        """Exact draws float32 (N, C, H, W) of classes ``labels`` (N,), row i from ``seeds[i]``; no pixel is clipped."""
+        ...
+
+    def log_posterior(self, x: torch.Tensor) -> torch.Tensor:
+        """log p(y | x) float64 (N, K) of images (N, C, H, W) without noise."""
+        ...
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Its parameters."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write what ``load_generator`` reads, ``model.safetensors`` and then ``generator.json``."""
+        ...
+
+
 def _load_unet(directory: Path) -> Generator:
     from csm.generators.unet import load_unet  # importing diffusers takes seconds; only who needs it pays
 
@@ -91,6 +111,12 @@ def _load_gaussians(directory: Path) -> Generator:
     return load_gaussians(directory)
 
 
+def _load_gaussian_mixtures(directory: Path) -> Generator:
+    from csm.generators.gaussian_mixtures import load_gaussian_mixtures
+
+    return load_gaussian_mixtures(directory)
+
+
 GENERATORS: dict[str, Callable[[Path], Generator]] = {
     "unet": _load_unet,
     "diffusers-unet": _load_diffusers_unet,
@@ -98,6 +124,7 @@ GENERATORS: dict[str, Callable[[Path], Generator]] = {
     "stable-diffusion": _load_stable_diffusion,
     "edm": _load_edm,
     "gaussians": _load_gaussians,
+    "gaussian-mixtures": _load_gaussian_mixtures,
 }
 
 
@@ -110,4 +137,23 @@ def load_generator(directory: Path) -> Generator:
     return GENERATORS[kind](directory)
 
 
-__all__ = ["GENERATORS", "Generator", "load_generator"]
+def load_truth(directory: Path) -> ExactGenerator | None:
+    """Return the generator saved in ``directory``, the law of a data set's images; None if there is no such folder.
+
+    Raises:
+        InputError: its law is not known.
+    """
+    if not directory.is_dir():
+        return None
+    generator = load_generator(directory)
+    if not is_exact(generator):
+        raise InputError(f"{directory} holds no generator whose posterior is known: run `csm prepare --force prepare`")
+    return generator
+
+
+def is_exact(generator: Generator) -> TypeGuard[ExactGenerator]:
+    """Whether the law of the images of ``generator`` is known in closed form."""
+    return hasattr(generator, "log_posterior")
+
+
+__all__ = ["GENERATORS", "ExactGenerator", "Generator", "is_exact", "load_generator", "load_truth"]

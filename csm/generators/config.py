@@ -15,7 +15,8 @@ class GeneratorConfig:
 
     Attributes:
         path: file or folder of a model to import (``csm.generators.importing``); empty: make one from the data.
-        kind: "auto" finds out what is at ``path``, and trains a "unet" where there is no path; "gaussians" fits one to each class.
+        kind: "auto" finds out what is at ``path``, and trains a "unet" where there is no path; "gaussians" fits one to each class;
+            "truth" is the law that the images were drawn from, for data sets that know it (source gaussians).
         classes: of an imported model: its class for each class of the data set; empty: the same numbers.
         guidance: of an imported model: scale of classifier-free guidance; 1 is none.
         prompt: of an imported text-to-image model: template in which ``{}`` stands for the class name.
@@ -33,7 +34,7 @@ class GeneratorConfig:
     """
 
     path: str = ""
-    kind: Literal["auto", "unet", "gaussians", "edm", "diffusers-unet", "dit", "stable-diffusion"] = "auto"
+    kind: Literal["auto", "unet", "gaussians", "truth", "edm", "diffusers-unet", "dit", "stable-diffusion"] = "auto"
     classes: tuple[int, ...] = ()
     guidance: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     prompt: str = "a photo of a {}"

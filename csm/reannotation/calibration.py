@@ -147,7 +147,7 @@ def stratified_folds(labels: Tensor) -> Iterator[Tensor]:
 
 
 def _keep_scale(scale: float, shares: Tensor, labels: Tensor) -> Calibration:
-    return Calibration("scale", scale=scale)
+    return Calibration("scale", scale=scale, fixed=True)
 
 
 def _lacking(labels: Tensor, n_classes: int) -> str:

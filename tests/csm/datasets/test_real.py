@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from csm import tables
-from csm.datasets.real import RealDataset, build, stratified_splits
+from csm.datasets.real import RealDataset, build, stratified_splits, with_truth
 from csm.errors import InputError
+from csm.generators.gaussians import GaussianGenerator, GaussiansSpec
+from csm.generators.unet import UNetGenerator, UNetSpec
 
 
 def arrays(rows: int = 12, shape: tuple[int, int, int] = (2, 3, 3)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -86,6 +88,39 @@ def test_a_data_set_survives_its_folder(tmp_path: Path, dataset: RealDataset) ->
     assert again.info == dataset.info
     assert again.frame.equals(dataset.frame)
     assert RealDataset.load_info(tmp_path) == dataset.info
+
+
+def law() -> GaussianGenerator:
+    return GaussianGenerator(GaussiansSpec((2, 3, 3), 3), torch.zeros(3, 18), torch.eye(18).expand(3, 18, 18), torch.ones(3) / 3)
+
+
+def test_the_law_of_the_images_goes_with_them(tmp_path: Path, dataset: RealDataset) -> None:
+    known = with_truth(dataset, law())
+    assert known.info.digest != dataset.info.digest
+    assert with_truth(dataset, law()).info == known.info
+    other = law()
+    other.means[0, 0] = 0.1
+    assert with_truth(dataset, other).info.digest != known.info.digest
+    known.save(tmp_path)
+    again = RealDataset.load(tmp_path)
+    assert again.info == known.info
+    assert isinstance(again.truth, GaussianGenerator)
+    assert torch.equal(again.truth.covariances, law().covariances)
+
+
+def test_a_data_set_without_a_law_takes_that_of_the_one_before_away(tmp_path: Path, dataset: RealDataset) -> None:
+    with_truth(dataset, law()).save(tmp_path)
+    dataset.save(tmp_path)
+    assert not (tmp_path / "truth").exists()
+    assert RealDataset.load(tmp_path).truth is None
+
+
+def test_a_generator_that_is_no_law_is_refused(tmp_path: Path, dataset: RealDataset) -> None:
+    with_truth(dataset, law()).save(tmp_path)
+    spec = UNetSpec((2, 3, 3), 3, 0.5, (4,), 1, 0.0)
+    UNetGenerator(spec).save(tmp_path / "truth")
+    with pytest.raises(InputError, match=r"truth holds no generator whose posterior is known"):
+        RealDataset.load(tmp_path)
 
 
 def test_damaged_files_are_named(tmp_path: Path, dataset: RealDataset) -> None:

@@ -97,6 +97,29 @@ def test_another_condition_is_not_mistaken_for_the_last() -> None:
     assert not torch.allclose(first, model.denoise(batch(), sigma, one), atol=1e-3)
 
 
+def test_rows_of_one_condition_may_be_many_or_few_and_lie_anywhere() -> None:
+    model = generator()
+    labels = torch.tensor([2, 0, 0, 1, 0, 2, 0, 0, 0, 0, 0])
+    x = torch.randn((11, 2, 1, 3), generator=torch.Generator().manual_seed(8))
+    sigma = torch.linspace(0.1, 5, 11)
+    together = model.denoise(x, sigma, model.embed(labels))
+    for row in range(11):
+        alone = model.denoise(x[row : row + 1], sigma[row : row + 1], model.embed(labels[row : row + 1]))
+        assert torch.allclose(together[row], alone[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5])
+def test_the_density_is_scipys(sigma: float) -> None:
+    model, (means, covariances) = generator(), truth()
+    labels, x = [2, 0, 1, 2], batch(scale=0.5)
+    found = model.log_density(x, torch.full((4,), sigma), model.embed(torch.tensor(labels)))
+    for row, label in enumerate(labels):
+        noisy = multivariate_normal(means[label], covariances[label] + sigma**2 * np.eye(D))
+        assert found[row].item() == pytest.approx(noisy.logpdf(x[row].double().numpy().ravel()), rel=1e-6)
+        one = model.log_likelihoods(x)[row, label].item()
+        assert sigma > 0 or one == pytest.approx(found[row].item(), rel=1e-6)
+
+
 def test_a_singular_covariance_is_kept_in_its_plane() -> None:
     covariance = np.zeros((1, D, D))
     covariance[0, 0, 0] = 0.5
