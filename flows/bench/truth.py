@@ -1,5 +1,6 @@
 """bench truth: how right each annotator's labels are, and what a classifier learns from them, where the true posterior is known."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from flows.run import run_verb
 from flows.tracking import Tracker
 
 GENERATORS = {"fitted": "gaussians", "oracle": "truth"}  # fitted first: the honest one
+NONE = "none"  # annotator of methods without mixed images
 LABELS = ("tv", "kl", "pair_error", "outside_mass", "ece_labels")
 CLASSIFIER = ("accuracy", "ece", "nll", "tv_classifier")
+MEASURES = (*LABELS, *CLASSIFIER)
 
 
 def measure(
@@ -95,35 +98,41 @@ def measure(
 
 
 def table(rows: Sequence[dict[str, Any]], generator: str) -> Table:
-    """The rows of ``generator`` as a rich table, best TV first: mean and standard deviation over data-set seeds."""
+    """The rows of ``generator`` as a rich table, labels of least TV first: mean and standard deviation over data-set seeds."""
     chosen = [row for row in rows if row["generator"] == generator]
     seeds, bayes = len({row["seed"] for row in chosen}), sum(row["bayes_accuracy"] for row in chosen) / len(chosen)
     title = f"{generator} generator, {seeds} data sets, Bayes accuracy {100 * bayes:.1f} %: labels of mixed images | classifier on test"
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
-    for heading in ("annotator", "method"):
-        shown.add_column(heading, no_wrap=True)
-    for heading in ("TV %", "KL", "pair %", "outside %", "ECE %", "| acc %", "ECE %", "NLL x100", "TV %"):
+    shown.add_column("annotator")
+    for heading in ("TV %", "KL", "pair %", "outside %", "ECE %", "| acc. %", "ECE %", "NLL x100", "TV %"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in chosen:  # auto may have chosen another annotator on each data set
-        groups.setdefault((row["annotator"], "" if row["annotator"] == AUTO else row["method"]), []).append(row)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in chosen:
+        groups.setdefault(_title(row), []).append(row)
 
-    def order(group: list[dict[str, Any]]) -> float:
-        return max((2.0 if row["tv"] is None else row["tv"]) for row in group)
+    def worst(item: tuple[str, list[dict[str, Any]]]) -> float:
+        return max(math.inf if row["tv"] is None else row["tv"] for row in item[1])
 
-    for (annotator, method), group in sorted(groups.items(), key=lambda item: order(item[1])):
-        units = {"kl": 1, **dict.fromkeys(("tv", "pair_error", "outside_mass", "ece_labels", *CLASSIFIER), 100)}
-        digits = {"kl": 2}
-        cells = [_cell([row[name] for row in group], units[name], digits.get(name, 1)) for name in (*LABELS, *CLASSIFIER)]
-        shown.add_row(annotator, method or ", ".join(sorted({row["method"] for row in group})), *cells)
+    for title, group in sorted(groups.items(), key=worst):
+        cells = [_cell([row[name] for row in group], 1 if name == "kl" else 100, 2 if name == "kl" else 1) for name in MEASURES]
+        shown.add_row(title, *cells)
     return shown
+
+
+def _title(row: dict[str, Any]) -> str:
+    """The annotator, and the method if that is another use of it; ``auto`` may have chosen another annotator on each data set."""
+    if row["annotator"] == AUTO:
+        return AUTO
+    if row["annotator"] == NONE:
+        return str(row["method"])
+    return row["annotator"] if row["method"].endswith(f"-{row['annotator']}") else f"{row['annotator']} ({row['method']})"
 
 
 def _cell(values: Sequence[float | None], unit: float, digits: int) -> str:
     found = torch.tensor([unit * value for value in values if value is not None], dtype=torch.float64)
     if len(found) < len(values):
         return ""
-    spread = f" ± {found.std():.{digits}f}" if len(found) > 1 else ""
+    spread = f" ±{found.std():.{digits}f}" if len(found) > 1 else ""
     return f"{found.mean():.{digits}f}{spread}"
 
 
@@ -137,9 +146,9 @@ def _rows(config: Config, workspace: Workspace) -> Iterator[tuple[str, dict[str,
     labels: dict[str, dict[str, float | None]] = {}
     picked = resolve(workspace, AUTO) if workspace.choice.is_file() else None
     for method, settings in config.train.chosen.items():
-        asked = config.annotator_of(settings) if settings.mixed else "none"
+        asked = config.annotator_of(settings) if settings.mixed else NONE
         annotator = picked if asked == AUTO else asked
-        if annotator != "none" and annotator not in labels:
+        if annotator != NONE and annotator not in labels:
             labels[annotator] = _compare(workspace, annotator, model)
         said = labels.get(annotator, dict.fromkeys(LABELS))
         row = {"method": method, **said, **_classifier(config, workspace, method, posterior), "bayes_accuracy": bayes}
@@ -165,7 +174,7 @@ def _compare(workspace: Workspace, annotator: str, model: ExactGenerator) -> dic
     labels, posterior, class_a, class_b = (torch.cat(parts) for parts in zip(*_labels(workspace, annotator, model), strict=True))
     found = truth.compare(labels, posterior, class_a, class_b)
     found["ece_labels"] = found.pop("ece")
-    return {name: found[name] if torch.tensor(found[name]).isfinite() else None for name in LABELS}  # JSON knows no infinity
+    return {name: found[name] if math.isfinite(found[name]) else None for name in LABELS}  # JSON knows no infinity
 
 
 def _labels(
