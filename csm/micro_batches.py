@@ -20,7 +20,7 @@ _MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_
 _most = sys.maxsize  # rows that this process has learnt to fit; the device and the model of a worker do not change
 
 
-def in_micro_batches(rows: pl.DataFrame, size: int, work: Callable[[pl.DataFrame], T]) -> Iterator[T]:
+def in_micro_batches(rows: pl.DataFrame, size: int, work: Callable[[pl.DataFrame], T], purpose: str = "mixing") -> Iterator[T]:
     """``work`` on consecutive slices of ``rows``, in order, each row once.
 
     A slice has ``size`` rows until the device runs out of memory; then half as many, again and again, for the rest of the process.
@@ -29,6 +29,7 @@ def in_micro_batches(rows: pl.DataFrame, size: int, work: Callable[[pl.DataFrame
         rows: any table.
         size: rows of a slice, at most.
         work: slice -> what it gives, never None. It is called again, with fewer rows, after it ran out of memory.
+        purpose: a key of ``_SETTINGS``, for messages.
 
     Raises:
         InputError: not even one row fits.
@@ -38,7 +39,7 @@ def in_micro_batches(rows: pl.DataFrame, size: int, work: Callable[[pl.DataFrame
         batch = rows.slice(start, min(size, _most))
         result = _attempt(work, batch)
         if result is None:
-            _halve(len(batch))
+            _halve(len(batch), purpose)
             continue
         yield result
         start += len(batch)
@@ -54,16 +55,20 @@ def _attempt(work: Callable[[pl.DataFrame], T], batch: pl.DataFrame) -> T | None
         raise
 
 
-def _halve(rows: int) -> None:
+_SETTINGS = {"mixing": ("resources.mix", "mix.batch_size"), "annotating": ("resources.annotate", "batch_size of the encoder")}
+
+
+def _halve(rows: int, purpose: str) -> None:
     """Remember that ``rows`` rows do not fit."""
     global _most
+    workers, batch = _SETTINGS[purpose]
     if rows == 1:
         raise InputError(
-            "mixing: a single image does not fit the memory of the device; "
-            "put fewer workers on it (resources.mix) or use one with more memory"
+            f"{purpose}: a single image does not fit the memory of the device; "
+            f"put fewer workers on it ({workers}) or use one with more memory"
         )
     if _most == sys.maxsize:
-        logger.warning("mixing: %d rows do not fit the memory of the device, going on with fewer (mix.batch_size)", rows)
+        logger.warning("%s: %d rows do not fit the memory of the device, going on with fewer (%s)", purpose, rows, batch)
     _most = rows // 2
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what is left there lies in pieces of the larger size

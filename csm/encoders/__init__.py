@@ -11,6 +11,7 @@ from csm.encoders.classifier import load_penultimate, load_teacher
 from csm.encoders.clip import load_clip
 from csm.encoders.dinov2 import load_dinov2
 from csm.encoders.features import FeatureTable
+from csm.encoders.generative import load_generator_posterior, load_true_posterior
 from csm.encoders.pca import fit_pca, load_pca
 from csm.encoders.pixels import load_pixels
 from csm.encoders.sources import Sources
@@ -49,6 +50,8 @@ ENCODERS: dict[str, EncoderKind] = {
     "teacher": EncoderKind(load_teacher, needs=("members",)),
     "clip": EncoderKind(load_clip),
     "dinov2": EncoderKind(load_dinov2),
+    "generator": EncoderKind(load_generator_posterior, needs=("generator",)),
+    "truth": EncoderKind(load_true_posterior, needs=("truth",)),
 }
 
 

@@ -99,6 +99,14 @@ def test_a_single_row_that_does_not_fit_is_told_in_one_line() -> None:
     assert device.asked == [8, 4, 2, 1]
 
 
+def test_who_annotates_is_told_its_own_settings(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InputError, match=r"annotating: a single image .*\(resources.annotate\)"):
+        list(in_micro_batches(ROWS, 2, Device(0), "annotating"))
+    assert (
+        "annotating: 2 rows do not fit the memory of the device, going on with fewer (batch_size of the encoder)" in caplog.text
+    )
+
+
 def test_nothing_is_held_of_an_attempt_that_failed() -> None:
     """The traceback of the error would keep the tensors of the attempt, and the smaller one would not fit either."""
     alive: list[bool] = []
