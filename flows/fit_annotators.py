@@ -52,6 +52,11 @@ class Choice:
     candidates: dict[str, float | str]
 
 
+@dataclass(frozen=True)
+class _Mark:
+    fingerprint: str
+
+
 def annotators(workspace: Workspace, config: Config) -> tuple[str, ...]:
     """Names of the annotators that are run; the one that was chosen stands for "auto", nothing before one was."""
     names = (resolve(workspace, name) for name in config.annotators if name != AUTO or workspace.choice.is_file())
@@ -85,8 +90,7 @@ def encoder_spec(workspace: Workspace, config: Config, name: str) -> EncoderSpec
 
 def fit_fingerprint(workspace: Workspace, name: str) -> str:
     """Identifies everything that the fitted annotator ``name`` depends on; "" if it is not fitted."""
-    file = workspace.annotator(name) / "annotator.json"
-    return str(storage.read_json(file)["fingerprint"]) if file.is_file() else ""
+    return _fingerprint(workspace.annotator(name) / "annotator.json")
 
 
 def calibration_of(workspace: Workspace, name: str) -> Calibration:
@@ -97,6 +101,11 @@ def calibration_of(workspace: Workspace, name: str) -> Calibration:
 def device(config: Config) -> str:
     """Where annotation computes."""
     return "cuda" if config.resources.annotate.gpus else "cpu"
+
+
+def _fingerprint(file: Path) -> str:
+    """The fingerprint that was written last of all to the JSON ``file``; "" if it is not there."""
+    return storage.read_record(file, _Mark).fingerprint if file.is_file() else ""
 
 
 def _run(context: Context, record: StageRecord) -> Made:
@@ -176,7 +185,7 @@ def _encode_together(context: Context, record: StageRecord, names: Sequence[str]
 def _fit_encoder(spec: EncoderSpec, key: str, batches: Callable[[], Iterator[torch.Tensor]]) -> None:
     """Fit the encoder on the training images ``batches()`` if it is one that is fitted, and was not yet under ``key``."""
     fit, mark = ENCODERS[spec.kind].fit, spec.sources.fitted / "encoder.json"
-    if fit is None or (mark.is_file() and storage.read_json(mark)["fingerprint"] == key):
+    if fit is None or _fingerprint(mark) == key:
         return
     fit(spec.sources, batches, **spec.parameters)
     storage.write_json(mark, {"kind": spec.kind, "fingerprint": key})
@@ -221,7 +230,7 @@ def _fit(context: Context, record: StageRecord, name: str, calibrations: Mapping
         storage.write_json(directory / "annotator.json", {"head": annotator.head, "fingerprint": fingerprint})
 
     file, key = directory / "calibration.json", storage.digest(fingerprint, annotator.calibrator, annotator.scale, annotator.pair)
-    if file.is_file() and storage.read_json(file).get("fingerprint") == key:
+    if _fingerprint(file) == key:
         return calibration_of(workspace, name)
     assert annotator.calibrator is not None
     if annotator.head == ENSEMBLE:
@@ -315,7 +324,8 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _definition(config: Config, name: str) -> dict[str, Any]:
-    return {key: value for key, value in asdict(config.annotate.annotators[name]).items() if key != "description"}
+    """What is set of it, without words for people."""
+    return {key: value for key, value in asdict(config.annotate.annotators[name]).items() if value and key != "description"}
 
 
 def _outputs(workspace: Workspace, config: Config) -> list[Path]:

@@ -7,6 +7,8 @@ from flows.config import config_names, load_config, plain
 # The bundled configuration for images of one's own says nothing of where they are.
 NEEDED = {"image-folder": ("data.path=somewhere",)}
 BUNDLED = sorted(set(config_names()) - {"default"})
+METHODS = {name: ["cross-entropy", "label-smoothing", "focal", "mixup", "csm-paper", "csm"] for name in BUNDLED}
+METHODS["annotators"] = ["cross-entropy", *(f"csm-{name}" for name in load_config("annotators").annotators)]
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def test_every_bundled_configuration_loads(name):
     config = load_config(name, NEEDED.get(name, ()))
     assert config.name == name
     assert config.description
-    assert list(config.train.methods) == ["cross-entropy", "label-smoothing", "focal", "mixup", "csm-paper", "csm"]
+    assert list(config.train.methods) == METHODS[name]
     assert config.train.chosen == config.train.methods
 
 
@@ -78,7 +80,7 @@ def test_an_empty_file_is_the_defaults_under_its_name(text, config_file):
 @pytest.mark.parametrize(
     ("override", "allowed"),
     [
-        ("nope=1", "name, data, train, description, generator, plan, mix, annotate, evaluate, resources"),
+        ("nope=1", "name, data, train, annotate, description, generator, plan, mix, evaluate, resources"),
         (
             "generator.nope=1",
             "path, kind, classes, guidance, prompt, block_channels, layers_per_block, attention_levels, dropout,",
@@ -89,6 +91,11 @@ def test_an_empty_file_is_the_defaults_under_its_name(text, config_file):
         ("train.optimizer.nope=1", "epochs, batch_size, learning_rate,"),
         ("train.methods.csm.nope=1", "description, loss, parameters, mixup, mixed"),
         ("train.methods.csm.mixed.nope=1", "annotator, loss, weight, schedule, per_real"),
+        ("annotate.nope=1", "annotators, encoders, annotator, candidates, members"),
+        ("annotate.annotators.lda.nope=1", "head, encoder, parameters, calibrator, scale, pair, members, description"),
+        ("annotate.annotators.lda.parameters.nope=1", "shrinkage"),
+        ("annotate.encoders.pixels.nope=1", "kind, parameters"),
+        ("annotate.encoders.pixels.parameters.nope=1", "none"),
         ("resources.annotate.nope=1", "min_actors, max_actors, cpus, gpus"),
         ("resources.train.nope=1", "workers, cpus, gpus"),
         # these are the arguments of registered functions
@@ -147,7 +154,7 @@ def test_a_value_of_the_wrong_type_is_refused(override, message):
         "mix.sampler.sigma_min=80",  # sigma_max
         "mix.sampler.churn=-1",
         "annotate.members=0",
-        "annotate.scale=0",
+        "annotate.annotators.projection.scale=0",
         "train.seeds=0",
         "train.optimizer.epochs=0",
         "train.optimizer.momentum=1",
@@ -173,7 +180,10 @@ def test_a_value_out_of_range_is_refused(override):
         ("mix.operator=mean", "mix.operator: unknown 'mean'; one of embedding, slerp, score"),
         ("train.network=resnet", "train.network: unknown 'resnet'; one of small-cnn"),
         ("train.compare=[csm, nope]", "train.compare: unknown 'nope'; one of cross-entropy, label-smoothing,"),
-        ("annotate.annotators=[nope]", "annotate.annotators: unknown 'nope'; one of projection, teacher"),
+        ("annotate.annotator=nope", "annotate.annotator: unknown 'nope'; one of auto, ratio, projection,"),
+        ("annotate.annotators.lda.head=nope", "annotate.annotators.lda.head: unknown 'nope'; one of ratio, projection,"),
+        ("annotate.annotators.lda.encoder=nope", "annotate.annotators.lda.encoder: unknown 'nope'; one of pixels, classifier,"),
+        ("annotate.encoders.new={kind: nope}", "annotate.encoders.new.kind: unknown 'nope'; one of pixels,"),
         ("train.methods.csm.mixed.loss=nope", "train.methods.csm.mixed.loss: unknown 'nope'; one of "),
         (
             "train.methods.csm.mixed.schedule=nope",
@@ -183,8 +193,7 @@ def test_a_value_out_of_range_is_refused(override):
             "train.methods.focal.loss=nope",
             "train.methods.focal.loss: unknown loss 'nope'; one of cross-entropy, label-smoothing, focal",
         ),
-        # known, but this run does not make its annotations
-        ("annotate.annotators=[projection]", "train.methods.csm.mixed.annotator: unknown 'teacher'; one of projection"),
+        ("train.methods.csm.mixed.annotator=nope", "train.methods.csm.mixed.annotator: unknown 'nope'; one of auto, ratio,"),
     ],
 )
 def test_an_unknown_name_of_a_registry_is_refused_before_anything_runs(override, message):
@@ -222,7 +231,8 @@ def test_pairs_are_indices_or_names():
 
 
 def test_a_method_that_is_not_compared_may_lack_its_annotator():
-    config = load_config("demo", ["annotate.annotators=[projection]", "train.compare=[cross-entropy, csm-paper]"])
+    overrides = ["train.methods.csm.mixed.annotator=nope", "train.compare=[cross-entropy, csm-paper]"]
+    config = load_config("demo", overrides)
     assert list(config.train.chosen) == ["cross-entropy", "csm-paper"]
 
 
@@ -303,7 +313,7 @@ def test_the_same_source_keeps_its_parameters(config_file):
     }
 
 
-@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("name", sorted(set(BUNDLED) - {"annotators"}))  # which lacks the methods that are changed here
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -317,10 +327,20 @@ def test_the_same_source_keeps_its_parameters(config_file):
         ("data.source=digits", "data.val=1e-1"),
         ("plan.pairs=[[0, '1'], [2, cat]]", "plan.ratios=[0, 0.3]", "mix.operator=score"),
         ("plan.pairs=prototypes", "plan.grid=beta"),
+        ("annotate.annotators.projection.scale=null", "annotate.annotators.qda=null", "annotate.candidates=[lda]"),
+        ("annotate.annotator=auto", "annotate.annotators.new={head: lda, encoder: pixels, parameters: {shrinkage: '0.5'}}"),
     ],
 )
 def test_the_resolved_configuration_loads_to_an_equal_one(name, overrides, config_file):
-    config = load_config(name, [*NEEDED.get(name, ()), *overrides])
+    loads_again(load_config(name, [*NEEDED.get(name, ()), *overrides]), config_file)
+
+
+@pytest.mark.parametrize("overrides", [(), ("annotate.annotator=auto",), ("train.methods.csm-knn=null",)])
+def test_so_does_one_without_the_default_methods(overrides, config_file):
+    loads_again(load_config("annotators", overrides), config_file)
+
+
+def loads_again(config, config_file):
     text = config.to_yaml()
     again = load_config(config_file(text))
     assert again == config

@@ -1,11 +1,16 @@
+from collections.abc import Mapping
+from pathlib import Path
+
 import polars as pl
 import pytest
 import torch
 
 from csm import tables
+from csm.encoders import Encoder, Sources
+from csm.encoders.pixels import load_pixels
 from csm.errors import InputError
 from csm.planning import PlanConfig, make_plan
-from csm.reannotation import ANNOTATORS, annotate
+from csm.reannotation import Annotator, AnnotatorSpec, annotate
 
 SHAPE = (1, 4, 1)
 CLASSES = 4
@@ -14,19 +19,38 @@ CLASSES = 4
 class Reader:
     """Annotates with what is written in the pixels and in the pair it is told."""
 
-    def __init__(self, posterior: bool) -> None:
+    def __init__(self, posterior: bool, encoder: str = "cells") -> None:
         self.posterior = posterior
+        self.spec = AnnotatorSpec("reader", "", Path(), encoder)
 
-    def __call__(
-        self, images: torch.Tensor, class_a: torch.Tensor, class_b: torch.Tensor
+    def annotate(
+        self, features: Mapping[str, torch.Tensor], class_a: torch.Tensor, class_b: torch.Tensor, lam: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        cells = images.flatten(1).double()  # class_a, class_b, group, step
+        cells = features[self.spec.encoder or ""]  # class_a, class_b, group, step
         assert cells[:, 0].tolist() == class_a.tolist()
         assert cells[:, 1].tolist() == class_b.tolist()
+        assert (cells[:, 3] / 2).tolist() == lam.tolist()
         return cells[:, 2] + cells[:, 3] / 100, cells if self.posterior else None
 
-    def log_posterior(self, images: torch.Tensor) -> torch.Tensor | None:
-        return None
+
+class Cells:
+    """The pixels as numbers; counts the images that it saw."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen += len(images)
+        return images.flatten(1).float()
+
+    def to(self, device: torch.device) -> "Cells":
+        return self
+
+
+def read(
+    plan: pl.DataFrame, mixed: pl.DataFrame, reader: Reader, shape: tuple[int, int, int] = SHAPE, n_classes: int = CLASSES
+) -> pl.DataFrame:
+    return annotate(plan, mixed, {"reader": reader}, {"cells": Cells()}, shape, n_classes)["reader"]  # type: ignore[dict-item]
 
 
 @pytest.fixture
@@ -45,7 +69,7 @@ def test_every_row_has_its_own_annotation_in_the_order_of_the_images(
     plan: pl.DataFrame, mixed: pl.DataFrame, posterior: bool
 ) -> None:
     images = mixed.sample(20, shuffle=True, seed=2)  # some of the plan, in another order
-    frame = annotate(plan.sample(fraction=1.0, shuffle=True, seed=1), images, Reader(posterior), SHAPE, CLASSES)
+    frame = read(plan.sample(fraction=1.0, shuffle=True, seed=1), images, Reader(posterior))
     assert tables.check(frame, tables.annotations(CLASSES)) is frame
     assert frame["mix_id"].to_list() == images["mix_id"].to_list()
     rows = {row["mix_id"]: row for row in plan.rows(named=True)}
@@ -56,22 +80,49 @@ def test_every_row_has_its_own_annotation_in_the_order_of_the_images(
         assert row["log_posterior"] == expected
 
 
+def test_each_image_goes_through_each_encoder_once(plan: pl.DataFrame, mixed: pl.DataFrame) -> None:
+    encoders: dict[str, Encoder] = {"one": Cells(), "two": Cells(), "unused": Cells()}
+    readers = {name: Reader(False, encoder) for name, encoder in [("a", "one"), ("b", "two"), ("c", "one")]}
+    frames = annotate(plan, mixed, readers, encoders, SHAPE, CLASSES)  # type: ignore[arg-type]
+    assert [encoder.seen for encoder in encoders.values()] == [len(mixed), len(mixed), 0]  # type: ignore[attr-defined]
+    assert frames["a"].equals(frames["c"])
+
+
+def test_the_ratio_needs_no_image(plan: pl.DataFrame, mixed: pl.DataFrame, tmp_path: Path) -> None:
+    ratio = Annotator(AnnotatorSpec("ratio", "ratio", tmp_path))
+    frame = annotate(plan, mixed.select("mix_id"), {"ratio": ratio}, {}, SHAPE, CLASSES)["ratio"]
+    assert frame["lam_raw"].equals(plan["lam"], check_names=False)
+    assert frame["log_posterior"].null_count() == len(plan)
+
+
+def test_a_posterior_gives_the_share_of_the_pair(plan: pl.DataFrame, mixed: pl.DataFrame, tmp_path: Path) -> None:
+    """By the head "posterior" on the four pixels as scores."""
+    annotator = Annotator(AnnotatorSpec("pixels", "posterior", tmp_path, "pixels"))
+    frame = annotate(plan, mixed, {"pixels": annotator}, {"pixels": load_pixels(Sources(tmp_path))}, SHAPE, CLASSES)["pixels"]
+    for cells, planned, row in zip(mixed["image"], plan.rows(named=True), frame.rows(named=True), strict=True):
+        scores = (torch.tensor(list(cells), dtype=torch.float64) / 127.5 - 1).softmax(dim=0)
+        a, b = scores[planned["class_a"]], scores[planned["class_b"]]
+        assert row["lam_raw"] == pytest.approx(float(a / (a + b)), abs=1e-6)
+        assert row["log_posterior"] == pytest.approx(scores.log().tolist(), abs=1e-6)
+
+
+def test_an_annotator_of_other_classes_is_refused(plan: pl.DataFrame, mixed: pl.DataFrame) -> None:
+    with pytest.raises(InputError, match="annotator reader knows 4 classes, the data has 5: fit it again"):
+        read(plan, mixed, Reader(True), n_classes=5)
+
+
 def test_an_image_of_another_plan_is_refused(plan: pl.DataFrame, mixed: pl.DataFrame) -> None:
     foreign = mixed.with_columns(mix_id=pl.when(pl.col("mix_id") == mixed["mix_id"][3]).then(pl.lit("7_0_1")).otherwise("mix_id"))
     with pytest.raises(InputError, match="a mixed image is not in the plan"):
-        annotate(plan, foreign, Reader(True), SHAPE, CLASSES)
+        read(plan, foreign, Reader(True))
 
 
 def test_an_id_that_begins_alike_is_another_id(plan: pl.DataFrame, mixed: pl.DataFrame) -> None:
     longer = mixed.with_columns(mix_id=pl.col("mix_id") + "0")
     with pytest.raises(InputError, match="a mixed image is not in the plan"):
-        annotate(plan, longer, Reader(True), SHAPE, CLASSES)
+        read(plan, longer, Reader(True))
 
 
 def test_images_of_another_size_are_refused(plan: pl.DataFrame, mixed: pl.DataFrame) -> None:
     with pytest.raises(InputError, match="expected 5 per image"):
-        annotate(plan, mixed, Reader(True), (1, 5, 1), CLASSES)
-
-
-def test_the_registry_holds_the_paper_and_the_teacher() -> None:
-    assert {"projection", "teacher"} <= set(ANNOTATORS)
+        read(plan, mixed, Reader(True), shape=(1, 5, 1))
