@@ -21,7 +21,7 @@ def define(name: str, text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("head: lda", "a.encoder: unknown ''; one of pixels, classifier, teacher,"),
+        ("head: lda", "a.encoder: unknown ''; one of pixels, pca, classifier,"),
         ("head: ratio, encoder: pixels", "a.encoder: head ratio reads no features; leave it out"),
         ("head: ratio, calibrator: scale", "a.calibrator: expected none for head ratio, got 'scale'"),
         ("head: ratio, pair: true", "a.pair: head ratio knows only the pair as it is; leave it out"),
