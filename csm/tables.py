@@ -141,8 +141,8 @@ def to_images(column: pl.Series, shape: tuple[int, int, int]) -> torch.Tensor:
     lengths = column.bin.size()
     if not lengths.eq_missing(size).all():
         raise InputError(f"image bytes: expected {size} per image for shape {shape}, got {lengths.unique().sort().to_list()[:5]}")
-    pixels = np.frombuffer(b"".join(column.to_list()), dtype=np.uint8).reshape(-1, height, width, channels)
-    return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous()  # (N, C, H, W)
+    pixels = np.frombuffer(bytearray().join(column.to_list()), dtype=np.uint8).reshape(-1, height, width, channels)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # (N, C, H, W)
 
 
 def from_images(images: torch.Tensor) -> pl.Series:

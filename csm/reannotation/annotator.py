@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import torch
 
@@ -111,8 +112,8 @@ def annotate(
     )
     if rows["class_a"].null_count():
         raise InputError("annotate: a mixed image is not in the plan: its part file belongs to another plan")
-    class_a, class_b = (torch.tensor(rows[name].to_list(), dtype=torch.int64, device=device) for name in ("class_a", "class_b"))
-    lam = torch.tensor(rows["lam"].to_list(), dtype=torch.float32, device=device)
+    class_a, class_b = (torch.from_numpy(rows[name].to_numpy().astype(np.int64)).to(device) for name in ("class_a", "class_b"))
+    lam = torch.from_numpy(rows["lam"].to_numpy().copy()).to(device)
     needed = frozenset[str]().union(*(annotator.spec.encoders for annotator in annotators.values()))
     images = tables.to_images(mixed["image"], shape) if needed else torch.empty(0)
     features = {name: encode(encoders[name], images, device) for name in sorted(needed)}
@@ -122,6 +123,10 @@ def annotate(
         share, posterior = annotator.annotate(features, class_a, class_b, lam)
         if posterior is not None and posterior.shape[1] != n_classes:
             raise InputError(f"annotator {name} knows {posterior.shape[1]} classes, the data has {n_classes}: fit it again")
+        if not share.isfinite().all() or (posterior is not None and posterior.isnan().any()):
+            raise InputError(
+                f"annotator {name}: what it says of an image is no number: check what it was fitted from and fit it again"
+            )
         column = [None] * len(rows) if posterior is None else posterior.float().cpu().numpy()
         frame = pl.DataFrame(
             {

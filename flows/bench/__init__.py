@@ -119,3 +119,19 @@ def _truth(
     click.echo(f"plots, runs and rows: {workspace}")
     if as_json:
         click.echo(json.dumps(rows))
+
+
+@bench.command(
+    "annotate",
+    short_help="Speed of annotation.",
+    help="Annotating mixed images by projection against the original's procedure, with the same encoder: images per second.",
+)
+@click.option("--images", type=click.IntRange(min=1), default=16_000, show_default=True, help="Mixed images, at least.")
+@click.option(
+    "--encoder", type=click.Choice(["clip-tiny", "small-cnn"]), default="clip-tiny", show_default=True, help="Random weights."
+)
+@with_options(OUTPUT_OPTIONS)
+def _annotate(images: int, encoder: str, as_json: bool, debug: bool) -> None:
+    from flows.bench.annotate import annotation_speed
+
+    show_result(annotation_speed(images, encoder), as_json)
