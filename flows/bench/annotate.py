@@ -182,8 +182,8 @@ def _original(root: Path, name: str) -> dict[str, float]:
     prototypes = {label: torch.stack(own).mean(dim=0) for label, own in features.items()}
     names = os.listdir(root / "mixed-png")
     for class_a, class_b, group in sets:
-        before = time.monotonic()
-        found = sorted(file for file in names if file.startswith(f"{class_a}_{class_b}_{group}_"))
+        before, prefix = time.monotonic(), f"{class_a}_{class_b}_{group}_"
+        found = sorted([file for file in names if file.startswith(prefix)])
         scan += time.monotonic() - before
         encoded = encoder(torch.stack([_read(root / "mixed-png" / file) for file in found]))
         line = prototypes[class_a] - prototypes[class_b]

@@ -40,7 +40,7 @@ def test_the_numbers_belong_together(in_this_process):
 
 @pytest.mark.parametrize("name", bench.ENCODERS)
 def test_both_ways_say_the_same_of_every_image(tmp_path, in_this_process, name):
-    total, real = bench._write_images(tmp_path, 64)
+    total, real = bench._write_images(tmp_path, 400)  # shards of more images than the classifier takes together
     assert len(os.listdir(tmp_path / "mixed-png")) == total
     assert len(os.listdir(tmp_path / "real-png")) == real
     bench._ours(tmp_path, name, 1)
