@@ -111,19 +111,23 @@ def check_annotators(config: AnnotateConfig) -> AnnotateConfig:
 
 
 def check_asked(config: AnnotateConfig, where: str, name: str) -> None:
-    """``InputError`` unless the annotator ``name``, which stands at ``where``, is defined, or "auto" and has candidates to choose from."""
+    """``InputError`` unless the annotator ``name``, which stands at ``where``, can be fitted: "auto" from its candidates."""
     check_name(where, name, (AUTO, *config.annotators))
-    if name != AUTO:
-        return
-    if not config.candidates:
+    if name == AUTO and not config.candidates:
         raise InputError(f"annotate.candidates: empty; name annotators for {where}: auto to choose from")
-    for candidate in config.candidates:
+    for candidate in config.candidates if name == AUTO else ():
         check_name("annotate.candidates", candidate, config.annotators)
         if config.annotators[candidate].knows_pair:
             raise InputError(
                 f"annotate.candidates: {candidate} knows only the pair, so it has no NLL over all classes to be chosen by; "
                 "leave it out, or set annotate.annotator to it"
             )
+    for fitted in config.to_fit([name]):
+        for member in config.annotators[fitted].members:
+            if config.annotators[member].knows_pair:
+                raise InputError(
+                    f"annotate.annotators.{fitted}.members: {member} gives nothing outside the pair and cannot be pooled; leave it out"
+                )
 
 
 def encoder_files(encoder: EncoderConfig) -> list[tuple[str, str, int]]:
@@ -195,8 +199,6 @@ def _check_members(where: str, annotator: AnnotatorConfig, config: AnnotateConfi
         raise InputError(f"{where}.members: expected at least two different annotators, got {list(annotator.members)}")
     for member in annotator.members:
         check_name(f"{where}.members", member, config.annotators)
-        if config.annotators[member].knows_pair:
-            raise InputError(f"{where}.members: {member} gives nothing outside the pair and cannot be pooled; leave it out")
 
 
 def _check_cycle(config: AnnotateConfig, name: str, above: tuple[str, ...]) -> None:

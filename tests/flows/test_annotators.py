@@ -35,8 +35,6 @@ def define(name: str, text: str) -> str:
         ("head: ensemble, members: [teacher]", "a.members: expected at least two different annotators, got ['teacher']"),
         ("head: ensemble, members: [teacher, teacher]", "a.members: expected at least two different annotators, got"),
         ("head: ensemble, members: [teacher, nope]", "a.members: unknown 'nope'; one of ratio, projection,"),
-        ("head: ensemble, members: [teacher, projection]", "a.members: projection gives nothing outside the pair and cannot"),
-        ("head: ensemble, members: [teacher, teacher-pair]", "a.members: teacher-pair gives nothing outside the pair and cannot"),
         ("head: ensemble, members: [teacher, lda], encoder: pixels", "a.encoder: an ensemble has none of its own,"),
         ("head: ensemble, members: [teacher, lda], parameters: {c: 1}", "a.parameters: an ensemble has none of its own,"),
         ("head: ensemble, members: [teacher, a]", "a.members: goes round in a circle (a -> a)"),
@@ -44,6 +42,15 @@ def define(name: str, text: str) -> str:
 )
 def test_a_definition_that_cannot_be_used_is_refused_by_its_key(text: str, message: str) -> None:
     assert refused(define("a", text)).startswith(f"annotate.annotators.{message}")
+
+
+@pytest.mark.parametrize("member", ["projection", "teacher-pair"])
+def test_members_must_know_all_classes_where_the_ensemble_is_run(member: str) -> None:
+    a = define("a", f"head: ensemble, members: [lda, {member}]")
+    message = f"annotate.annotators.a.members: {member} gives nothing outside the pair and cannot be pooled; leave it out"
+    assert refused(a, "annotate.annotator=a") == message
+    assert refused(a, "annotate.annotator=auto", "annotate.candidates=[a]") == message
+    load_config("demo", [a])
 
 
 def test_a_circle_of_several_ensembles_is_shown() -> None:

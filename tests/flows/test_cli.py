@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from flows import cli
-from flows.run import STAGES, VERBS
+from flows.config import load_config
+from flows.run import STAGES, VERBS, verb_stages
 
 RUN_VERBS = ("prepare", "fit-generator", "plan", "mix", "annotate", "train", "evaluate", "report", "run")
 ALL_VERBS = (*RUN_VERBS, "export", "ui", "doctor")
@@ -123,7 +124,9 @@ def test_wrong_usage_is_exit_2(call, arguments):
 
 @pytest.mark.parametrize("verb", RUN_VERBS)
 def test_an_unknown_configuration(refused, verb, tmp_path):
-    assert refused(verb, "--config", "nope").startswith("--config nope: unknown configuration; give a .yaml file or one of demo,")
+    assert refused(verb, "--config", "nope").startswith(
+        "--config nope: unknown configuration; give a .yaml file or one of annotators,"
+    )
     assert not any(tmp_path.iterdir())
 
 
@@ -210,7 +213,7 @@ def test_pairs_that_the_data_does_not_have(call, refused, folder, verb, override
     assert call("prepare", *options)[0] == 0
     settings = [word for override in overrides for word in ("--set", override)]
     said = refused(verb, *options, *settings)
-    # `run` says so before the generator is trained, and `plan` what it lacks before it fits annotators
+    # `run` says so before the generator is trained, and `plan` what it lacks before it trains the teacher
     assert said.startswith("plan needs generator, which was not run" if verb == "plan" else message)
 
 
@@ -246,7 +249,7 @@ def test_an_address_that_does_not_answer(refused, verb, address, tmp_path):
 @pytest.mark.parametrize("verb", [verb for verb in RUN_VERBS if verb not in ("prepare", "run")])
 def test_a_verb_without_what_it_needs_says_what_to_run(refused, verb, tmp_path):
     message = refused(verb, "--workspace", "w")
-    reason = f"{VERBS[verb][0]} needs prepare, which was not run in this workspace"
+    reason = f"{verb_stages(verb, load_config('demo'))[0]} needs prepare, which was not run in this workspace"
     assert message == f"{reason}: run `csm prepare` with the same options first, or `csm run`"
     assert not any(tmp_path.iterdir())
 
@@ -312,7 +315,11 @@ def test_a_refused_run_leaves_a_finished_workspace_as_it_was(refused, finished, 
     ("verb", "override", "message"),
     [
         ("mix", "plan.sets_per_pair=5", "mix was made by another configuration there"),
-        ("train", "annotate.scale=3", "train needs annotate, which depends on fit-annotators, which was run with other settings"),
+        (
+            "train",
+            "annotate.annotators.projection.scale=3",
+            "train needs annotate, which depends on fit-annotators, which was run with other settings",
+        ),
         (
             "evaluate",
             "train.optimizer.epochs=3",
@@ -378,8 +385,9 @@ def test_a_full_disk_says_so(call, monkeypatch):
 
 def test_verbs_cover_every_stage():
     assert set(VERBS) == {*RUN_VERBS, "import-generator"}
-    assert VERBS["run"] == tuple(STAGES)
-    assert {stage for verb in set(RUN_VERBS) - {"run"} for stage in VERBS[verb]} == set(STAGES)
+    demo = load_config("demo")
+    assert verb_stages("run", demo) == tuple(STAGES)
+    assert {stage for verb in set(RUN_VERBS) - {"run"} for stage in verb_stages(verb, demo)} == set(STAGES)
 
 
 def test_the_module_is_a_script_too():

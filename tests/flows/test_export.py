@@ -25,7 +25,7 @@ from csm.planning import make_plan
 from csm.reannotation import Calibration
 from flows import cli
 from flows.artifacts import Workspace
-from flows.config import load_config
+from flows.config import load_config, plain
 from flows.run import STAGES
 from flows.stages import Context, Made, run_stage
 
@@ -34,7 +34,9 @@ CALIBRATIONS = {
     "projection": Calibration("scale", pair=True, scale=4.0),
     "teacher": Calibration("temperature", images=30, nll_before=1.0, nll_after=0.9, temperature=1.7),
 }
-SETTINGS = ("plan.ratios=3", "plan.sets_per_pair=5", "plan.shard_rows=7")  # 45 rows in 8 shards of 6 (the last has 3)
+SETTINGS = (  # 45 rows in 8 shards of 6 (the last has 3)
+    "plan.ratios=3", "plan.sets_per_pair=5", "plan.shard_rows=7", "annotate.annotator=auto", "annotate.candidates=[teacher]",
+)  # fmt: skip
 
 
 class NoTracker:
@@ -72,9 +74,19 @@ def mix(context, record):
     return Made(45, "mix")
 
 
+def fit_teacher(context, record):
+    for number in range(context.config.annotate.members):
+        storage.write_json(context.workspace.teacher_member(number) / "run.json", {})
+    return Made(4, "teacher")
+
+
 def fit_annotators(context, record):
     for name, calibration in CALIBRATIONS.items():
         storage.write_json(context.workspace.annotator(name) / "calibration.json", asdict(calibration))
+        storage.write_json(context.workspace.annotator(name) / "annotator.json", {"fingerprint": name})
+    for name in ("classifier", "teacher"):
+        context.workspace.encoder(name).mkdir(parents=True)
+    storage.write_json(context.workspace.choice, {"chosen": "teacher", "reason": "", "candidates": {"teacher": 0.9}})
     return Made(2, "annotators")
 
 
@@ -96,7 +108,7 @@ def annotate(context, record):
 
 
 WORKERS = {
-    "prepare": prepare, "generator": fit_generator, "fit-annotators": fit_annotators, "plan": plan, "mix": mix,
+    "prepare": prepare, "generator": fit_generator, "fit-teacher": fit_teacher, "fit-annotators": fit_annotators, "plan": plan, "mix": mix,
     "annotate": annotate,
 }  # fmt: skip
 
@@ -238,10 +250,18 @@ def test_the_card_says_where_it_comes_from(call, form, tmp_path):
     assert (card["format"], card["rows"], card["shard_rows"], card["config"]) == (form, 45, 10000, "pets")
     assert (card["dataset"], card["shape"], card["class_names"]) == ("pets", list(SHAPE), list(NAMES))
     assert (card["generator"], card["annotator"]) == ("unet", "teacher")
-    assert card["calibration"] == asdict(CALIBRATIONS["teacher"])
+    assert card["calibration"] == plain(asdict(CALIBRATIONS["teacher"]))
     assert card["plan"]["ratios"] == 3
     assert set(card["digests"]) == {"prepare", "generator", "plan", "mix", "fit-annotators", "annotate"}
     assert not (tmp_path / "out" / WORK).exists()
+
+
+def test_auto_is_the_one_that_was_chosen(call, tmp_path):
+    for number, options in enumerate([(), ("--annotator", "auto"), ("--annotator", "teacher")]):
+        code, out, err = call("huggingface", *options, "--json", output=tmp_path / str(number))
+        assert code == 0, err
+        assert json.loads(out.splitlines()[-1])["annotator"] == "teacher"
+    assert files(tmp_path / "0") == files(tmp_path / "1") == files(tmp_path / "2")
 
 
 def test_the_ratio_alone_needs_no_annotation(call, workspace, tmp_path):
@@ -387,7 +407,7 @@ def test_sigterm_stops_it_as_ctrl_c_does(config, made, tmp_path):
 def test_unknown_names_are_told_the_known_ones(refused, tmp_path):
     assert refused("zip") == "--format zip: unknown; one of image-folder, webdataset, huggingface"
     message = refused("webdataset", "--annotator", "clip")
-    assert message == "--annotator clip: unknown; one of projection, teacher, none"
+    assert message == "--annotator clip: unknown; one of projection, auto, teacher, none"
     assert not (tmp_path / "out").exists()
 
 
@@ -408,7 +428,7 @@ def test_another_export_is_refused_and_left_alone(call, refused, finished, snaps
     before = snapshot(out)
     message = refused("webdataset", "--annotator", "projection")
     assert message.startswith(
-        f"--output {out}: holds another export (annotator teacher -> projection; calibration.temperature 1.7 ->"
+        f"--output {out}: holds another export (annotator teacher -> projection; calibration.calibrator temperature -> scale;"
     )
     assert message.endswith("; choose a new or empty folder")
     assert "format webdataset -> huggingface" in refused("huggingface")

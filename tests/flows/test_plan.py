@@ -125,18 +125,21 @@ def test_before_the_data_is_prepared_there_is_nothing_to_check(tmp_path: Path) -
     STAGE.check(context(tmp_path, "plan.pairs=[[cat, cow]]"))
 
 
-def test_only_policies_that_are_measured_read_the_annotators() -> None:
+def test_only_policies_that_are_measured_read_the_teacher() -> None:
     for policy, needed in [
         ("all", ()),
         ("[[0, 1]]", ()),
-        ("confusion", ("fit-annotators",)),
-        ("prototypes", ("fit-annotators",)),
+        ("confusion", ("fit-teacher",)),
+        ("prototypes", ("fit-teacher",)),
     ]:
         config = load_config("digits", [f"plan.pairs={policy}"])
         assert STAGE.reads(config) == ("prepare", "generator", *needed)
         assert verb_stages("plan", config) == (*needed, "plan")
         assert verb_stages("mix", config) == ("mix",)
         assert verb_stages("run", config) == tuple(STAGES)
+        ratio = load_config("digits", [f"plan.pairs={policy}", "annotate.annotator=ratio", "train.compare=[cross-entropy]"])
+        assert ("fit-teacher" in verb_stages("run", ratio)) == bool(needed)
+        assert verb_stages("annotate", ratio) == ("fit-annotators", "annotate")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_settings_without_a_part_in_the_plan_do_not_call_it_out_of_date(override
 
 
 @pytest.mark.ray
-def test_the_command_fits_the_annotators_first_and_mixes_with_the_operator(finished, csm, tmp_path, one_thread) -> None:
+def test_the_command_trains_the_teacher_first_and_mixes_with_the_operator(finished, csm, tmp_path, one_thread) -> None:
     root = Path(shutil.copytree(finished.root, tmp_path / "workspace"))
     shutil.rmtree(root / "mixed")
     settings = [
@@ -168,7 +171,7 @@ def test_the_command_fits_the_annotators_first_and_mixes_with_the_operator(finis
     options = ["--config", finished.config, "--workspace", root, *(word for one in settings for word in ("--set", one))]
     done = csm("plan", *options)
     assert done.returncode == 0, done.stderr
-    assert "fit-annotators: reused" in done.stderr
+    assert "fit-teacher: reused" in done.stderr
     plan = tables.read(root / "plan.parquet", tables.PLAN)
     assert set(plan["class_a"]) | set(plan["class_b"]) == set(range(10))
     done = csm("mix", *options)
