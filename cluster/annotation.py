@@ -35,7 +35,7 @@ class EncoderSpec:
         try:
             return ENCODERS[self.kind].load(self.sources, **self.parameters).to(torch.device(device))
         except InputError as error:
-            raise InputError(f"encoder {self.name}: {error}") from None
+            raise InputError(f"annotate.encoders.{self.name}: {error}") from None
 
 
 @dataclass(frozen=True)

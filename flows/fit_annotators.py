@@ -77,10 +77,10 @@ def annotator_spec(workspace: Workspace, config: Config, name: str) -> Annotator
 
 def encoder_spec(workspace: Workspace, config: Config, name: str) -> EncoderSpec:
     """How workers, whose current folder may be another one, get the encoder ``name``."""
-    encoder, root = config.annotate.encoders[name], workspace.root.absolute()
-    sources = Sources(
-        workspace.encoder(name).absolute(), members(workspace, config), workspace.generator.absolute(), root / "truth"
-    )
+    encoder = config.annotate.encoders[name]
+    folders = (workspace.encoder(name), workspace.generator, workspace.truth)
+    fitted, generator, truth = (folder.absolute() for folder in folders)
+    sources = Sources(fitted, members(workspace, config), generator, truth)
     parameters = {
         key: str(Path(value).absolute()) if isinstance(value, str) and Path(value).is_dir() else value
         for key, value in encoder.parameters.items()
@@ -347,7 +347,7 @@ STAGE = Stage(
     code_version=2,
     inputs=("prepare",),
     more_inputs=lambda config: tuple(
-        dict.fromkeys(NEEDS[need] for need in sorted(config.annotate.needs(config.annotators)) if need != "truth")
+        dict.fromkeys(NEEDS[need] for need in sorted(config.annotate.needs(config.annotators)) if NEEDS[need] != "prepare")
     ),
     settings=_settings,
     outputs=_outputs,

@@ -272,5 +272,5 @@ def test_an_encoder_that_lacks_a_file_is_named(made, tmp_path, here, teacher, ac
     spec = EncoderSpec("mine", "classifier", Sources(tmp_path, (tmp_path / "empty",)))
     (job,) = encode_jobs(made, tmp_path, "teacher")
     job = replace(job, encoder=spec) if actor is EncodeShards else replace(teacher, encoders={"teacher": spec})
-    with pytest.raises(InputError, match=r"^encoder mine: .*empty/model\.json does not exist"):
+    with pytest.raises(InputError, match=r"^annotate\.encoders\.mine: .*empty/model\.json does not exist"):
         call(actor([job], 1), 0)

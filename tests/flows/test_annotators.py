@@ -5,6 +5,8 @@ import pytest
 from csm.errors import InputError
 from flows.annotators import encoder_files
 from flows.config import load_config
+from flows.fit_annotators import STAGE as FIT
+from flows.run import verb_stages
 
 
 def refused(*overrides: str) -> str:
@@ -108,10 +110,24 @@ def test_members_are_fitted_before_their_ensemble_and_candidates_in_place_of_aut
 
 
 @pytest.mark.parametrize(
-    ("name", "needs"), [("ratio", set()), ("qda-pixels", set()), ("projection", {"members"}), ("ensemble", {"members"})]
+    ("name", "stages"),
+    [
+        ("ratio", ("prepare",)),
+        ("qda-pixels", ("prepare",)),
+        ("projection", ("prepare", "fit-teacher")),
+        ("ensemble", ("prepare", "fit-teacher")),
+        ("generator", ("prepare", "generator")),
+        ("truth", ("prepare",)),
+    ],
 )
-def test_the_teacher_is_needed_by_some_encoders_only(name: str, needs: set[str]) -> None:
-    assert load_config("demo").annotate.needs([name]) == needs
+def test_only_the_stages_that_an_encoder_needs_are_read(name: str, stages: tuple[str, ...]) -> None:
+    config = load_config("demo", [f"annotate.annotator={name}", "train.compare=[csm]"])
+    assert FIT.reads(config) == stages
+    assert verb_stages("annotate", config) == (
+        *(stage for stage in stages if stage == "fit-teacher"),
+        "fit-annotators",
+        "annotate",
+    )
 
 
 def test_the_files_of_a_local_model_are_listed(tmp_path) -> None:

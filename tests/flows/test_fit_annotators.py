@@ -276,8 +276,8 @@ def test_an_encoder_that_cannot_be_loaded_leaves_out_its_candidates_only(fit: Fi
     fit("annotate.annotator=auto", "annotate.candidates=[zero-shot, teacher]", lacking)
     choice = storage.read_json(root / "annotators" / "auto.json")
     assert choice["chosen"] == "teacher"
-    assert choice["candidates"]["zero-shot"].startswith("encoder clip: ")
-    with pytest.raises(InputError, match=r"^encoder clip: .*model"):
+    assert choice["candidates"]["zero-shot"].startswith("annotate.encoders.clip: ")
+    with pytest.raises(InputError, match=r"^annotate\.encoders\.clip: .*model"):
         fit("annotate.annotator=zero-shot", lacking)
 
 
