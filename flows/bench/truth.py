@@ -1,7 +1,7 @@
 """bench truth: how right each annotator's labels are, and what a classifier learns from them, where the true posterior is known."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def measure(
 
     Each generator and data-set seed is a workspace below ``root``, so an interrupted benchmark goes on where it was. ``root`` also gets
     ``truth.json`` (what is returned), ``labels-GENERATOR.png`` (labels against the truth, first seed), and an MLflow store with a run for
-    each row.
+    each generator (with this picture of every seed) and below it one for each row.
 
     Args:
         root: folder for all of it.
@@ -72,9 +72,9 @@ def measure(
     for name in generators:
         if name not in GENERATORS:
             raise InputError(f"--generator {name}: unknown; one of {', '.join(GENERATORS)}")
-    rows = []
-    tracker = None
+    rows: list[dict[str, Any]] = []
     for generator in generators:
+        figures, measured = {}, []
         for seed in range(seeds):
             resolved = load_config(config, [*overrides, f"data.seed={seed}", f"generator.kind={GENERATORS[generator]}"])
             if resolved.data["source"] != "gaussians":
@@ -84,15 +84,14 @@ def measure(
             workspace = Workspace(root / f"{generator}-seed{seed}")
             say(f"{generator} generator, data-set seed {seed}: {workspace.root}")
             run_verb("run", resolved, workspace.root, address, command)
-            measured = [
+            of_seed = [
                 {"annotator": name, "generator": generator, "seed": seed, **row} for name, row in _rows(resolved, workspace)
             ]
-            tracker = tracker or Tracker(root)
-            for row in measured:
-                _track(tracker, row, workspace)
-            if seed == 0:
-                _figure(workspace, generator, measured).savefig(root / f"labels-{generator}.png")
-            rows += measured
+            figures[seed] = _figure(workspace, generator, of_seed)
+            measured += of_seed
+        figures[0].savefig(root / f"labels-{generator}.png")
+        _track(Tracker(root), root, generator, measured, figures)
+        rows += measured
     storage.write_json(root / "truth.json", rows)
     return rows
 
@@ -214,16 +213,17 @@ def _figure(workspace: Workspace, generator: str, rows: Sequence[dict[str, Any]]
     )
 
 
-def _track(tracker: Tracker, row: dict[str, Any], workspace: Workspace) -> None:
-    """One MLflow run for each row, found again when the benchmark is run again."""
-    names = ("annotator", "generator", "seed", "method")
-    params = {name: row[name] for name in names}
-    key = f"truth {storage.digest(params)} {storage.digest(str(workspace.root.absolute()))}"
-    tracker.open_run(
-        key,
-        f"{row['annotator']} {row['generator']} {row['seed']}",
-        {"csm.kind": "truth", "csm.annotator": row["annotator"]},
-        params,
-    )
-    tracker.log_metrics(key, {name: value for name, value in row.items() if name not in names and value is not None})
-    tracker.close_run(key)
+def _track(tracker: Tracker, root: Path, generator: str, rows: Sequence[dict[str, Any]], figures: Mapping[int, Figure]) -> None:
+    """A run for the generator with the figures and below it one for each row; found again when the benchmark is run again."""
+    parent = f"truth {generator} {root.absolute()}"
+    run = tracker.open_run(parent, f"bench truth, {generator}", {"csm.kind": "truth"}, {"generator": generator})
+    for seed, figure in figures.items():
+        tracker.log_figure(parent, figure, f"labels-seed{seed}.png")
+    for row in rows:
+        params = {name: row[name] for name in ("annotator", "generator", "seed", "method")}
+        key = f"{parent} {storage.digest(params)}"
+        tags = {"csm.kind": "truth", "csm.annotator": row["annotator"], "csm.method": row["method"]}
+        tracker.open_run(key, f"{row['annotator']} seed {row['seed']}", tags, params, run)
+        tracker.log_metrics(key, {name: row[name] for name in (*MEASURES, "bayes_accuracy") if row[name] is not None})
+        tracker.close_run(key)
+    tracker.close_run(parent)

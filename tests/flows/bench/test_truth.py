@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from csm import tables
 from csm.errors import InputError
 from csm.generators import load_truth
 from flows.bench import truth
+from flows.tracking import EXPERIMENT, store_uri
 
 pytestmark = pytest.mark.ray
 KEYS = ["annotator", "generator", "seed", "method", *truth.MEASURES, "bayes_accuracy"]
@@ -92,14 +95,26 @@ def test_the_figures_are_those_of_the_files(benched):
     assert ratio["tv"] == pytest.approx(0.5 * np.abs(labels - truths).sum(axis=1).mean(), abs=1e-6)
 
 
-def test_again_it_only_measures(benched, config, csm, ray_address):
+def test_again_it_only_measures(benched, config, capfd):
     root, _, rows = benched
-    options = ["--config", config, "--workspace", root, "--address", ray_address, "--seeds", 1, "--generator", "oracle", "--json"]
-    done = csm("bench", "truth", *map(str, options))
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == rows
-    assert "train: reused" in done.stderr
-    assert "started" not in done.stderr
+    assert truth.measure(root, str(config), seeds=1, generators=["oracle"]) == rows
+    said = capfd.readouterr().err
+    assert "train: reused" in said
+    assert "started" not in said
+
+
+def test_mlflow_has_a_run_for_each_row_below_one_with_the_picture(benched):
+    root, _, rows = benched
+    client = MlflowClient(store_uri(root))
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = (run for run in runs if MLFLOW_PARENT_RUN_ID not in run.data.tags)
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["labels-seed0.png"]
+    children = {run.data.params["annotator"]: run for run in runs if run is not parent}
+    assert len(runs) == len(rows) + 1  # after the test above: measured again, no run is made again
+    assert all(run.data.tags[MLFLOW_PARENT_RUN_ID] == parent.info.run_id for run in children.values())
+    for row in rows:
+        assert children[row["annotator"]].data.metrics["nll"] == pytest.approx(row["nll"])
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path):
