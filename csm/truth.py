@@ -63,7 +63,7 @@ def compare(labels: Tensor, truth: Tensor, class_a: Tensor, class_b: Tensor, n_b
     bins = bin_samples(confidence, t.gather(1, top[:, None]).squeeze(1).clamp(max=1), n_bins)
     return {
         "tv": tv(labels, truth),
-        "kl": (torch.xlogy(t, t) - torch.xlogy(t, p)).sum(dim=1).mean().item(),
+        "kl": (torch.xlogy(t, t) - torch.xlogy(t, p)).sum(dim=1).mean().clamp(min=0).item(),  # rounding
         "pair_error": share_error.mean().item() if both.any() else math.nan,
         "outside_mass": (1 - p_sum).clamp(min=0).mean().item(),
         "outside_truth": (1 - t_sum).clamp(min=0).mean().item(),

@@ -162,6 +162,11 @@ def _check_annotator(where: str, name: str, annotator: AnnotatorConfig, config: 
             raise InputError(f"{where}.members: only an ensemble has members, not head {annotator.head}")
         if HEADS[annotator.head].encoder:
             check_name(f"{where}.encoder", annotator.encoder or "", config.encoders)
+            kind, suited = config.encoders[annotator.encoder or ""].kind, HEADS[annotator.head].encoders
+            if suited and kind not in suited:
+                raise InputError(
+                    f"{where}.encoder: head {annotator.head} needs an encoder of kind {' or '.join(suited)}, not {kind}"
+                )
         elif annotator.encoder:
             raise InputError(f"{where}.encoder: head {annotator.head} reads no features; leave it out")
     if annotator.pair and annotator.pair_head:

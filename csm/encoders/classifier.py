@@ -1,7 +1,7 @@
 """Classifiers trained on the real images as encoders: their penultimate layer, or what they say of the classes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +14,18 @@ from csm.errors import InputError
 # (rows, columns) by which an image is moved: not, along one axis, along both. So many views of an image are the first of these.
 SHIFTS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
 VIEWS = (1, 5, 9)
+CPU_BATCH = 64  # activations of more images leave a CPU's caches: 512 at once took twice as long for each
 
 
 class Penultimate(nn.Module):
     """Features float32 (N, F) of the layer before the last."""
-
-    CPU_BATCH = 64  # activations of more images leave a CPU's caches: 512 at once took twice as long for each
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.classifier = classifier
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if images.device.type == "cpu":
-            return in_batches(self.classifier.features, images, self.CPU_BATCH)
-        return self.classifier.features(images)
+        return _small_on_cpus(self.classifier.features, images)
 
 
 class Teacher(nn.Module):
@@ -41,13 +38,17 @@ class Teacher(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         views = [shift(images, rows, columns) for rows, columns in SHIFTS[: self.views]]
-        votes = torch.stack([member(view).log_softmax(dim=1) for view in views for member in self.members])
+        votes = torch.stack([_small_on_cpus(member, view).log_softmax(dim=1) for view in views for member in self.members])
         return votes.logsumexp(dim=0) - math.log(len(votes))
 
 
 def shift(images: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Images (N, C, H, W) moved down by ``rows`` and right by ``columns``; black comes in, as in ``random_shift``."""
     return F.pad(images, (columns, -columns, rows, -rows)) if rows or columns else images
+
+
+def _small_on_cpus(function: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    return in_batches(function, images, CPU_BATCH) if images.device.type == "cpu" else function(images)
 
 
 def load_penultimate(sources: Sources) -> Penultimate:

@@ -60,12 +60,14 @@ class HeadKind(NamedTuple):
         load: ``load(directory)`` gives the head, on the CPU.
         pair: it is a ``PairHead``, else a ``PosteriorHead``.
         encoder: it reads features.
+        encoders: kinds of encoder whose features it can read; empty: all.
     """
 
     fit: Callable[..., None]
     load: Callable[[Path], Any]
     pair: bool = False
     encoder: bool = True
+    encoders: tuple[str, ...] = ()
 
 
 def check_size(features: torch.Tensor, size: int, head: str) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from csm import storage
 from csm.errors import InputError
-from csm.reannotation.heads import FitInputs
+from csm.reannotation.heads import FitInputs, check_size
 from csm.reannotation.moments import class_means
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class KNN(nn.Module):
         self.register_buffer("bandwidth", bandwidth)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        check_size(features, self.features.shape[1], "knn")
         count, bandwidth = int(self.neighbours), float(self.bandwidth)
         blocks = [
             _log_posterior(square, self.labels[index], self.priors, count, bandwidth)

@@ -7,8 +7,8 @@ from torch import nn
 
 from csm import storage
 from csm.errors import InputError
-from csm.reannotation.heads import FitInputs
-from csm.reannotation.moments import Scatter, check_size, class_means, pooled_scatter
+from csm.reannotation.heads import FitInputs, check_size
+from csm.reannotation.moments import Scatter, check_memory, class_means, pooled_scatter
 
 FLOOR = 1e-6  # of the mean variance, added to every eigenvalue: a dimension may be constant
 LEDOIT_WOLF = -1.0
@@ -28,6 +28,7 @@ class LDA(nn.Module):
             self.register_buffer(name, value)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        check_size(features, self.weight.shape[1], "lda")
         return nn.functional.linear(features - self.center, self.weight, self.bias).log_softmax(dim=1)
 
 
@@ -41,7 +42,7 @@ def fit_lda(directory: Path, inputs: FitInputs, shrinkage: float = LEDOIT_WOLF) 
         InputError: a class has no training image, a feature is not finite, the images of every class are all equal, or F is too large.
     """
     check_shrinkage("lda", shrinkage)
-    check_size("lda", 1, inputs.features.size)
+    check_memory("lda", 1, inputs.features.size)
     counts, means = class_means(inputs.features.batches("train"), inputs.n_classes, "lda")
     scatter = pooled_scatter(inputs.features.batches("train"), means)
     amount = scatter.ledoit_wolf(0) if shrinkage == LEDOIT_WOLF else shrinkage

@@ -10,7 +10,7 @@ from torch import nn
 
 from csm import storage
 from csm.errors import InputError
-from csm.reannotation.heads import FitInputs
+from csm.reannotation.heads import FitInputs, check_size
 from csm.reannotation.moments import class_means
 from csm.reannotation.selection import held_out_nll
 
@@ -40,6 +40,7 @@ class Linear(nn.Module):
         self.register_buffer("c", c)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        check_size(features, self.weight.shape[1], "linear")
         return nn.functional.linear((features - self.center) / self.spread, self.weight, self.bias).log_softmax(dim=1)
 
 

@@ -92,7 +92,7 @@ def finite(batches: Batches, where: str) -> Iterator[tuple[torch.Tensor, torch.T
         yield features, labels
 
 
-def check_size(where: str, matrices: int, size: int) -> None:
+def check_memory(where: str, matrices: int, size: int) -> None:
     """Raise ``InputError`` if ``matrices`` scatter matrices of ``size`` x ``size`` are more than ``LIMIT`` bytes."""
     held = 8 * matrices * size**2
     if held > LIMIT:

@@ -9,9 +9,9 @@ from torch import nn
 
 from csm import storage
 from csm.errors import InputError
-from csm.reannotation.heads import FitInputs
+from csm.reannotation.heads import FitInputs, check_size
 from csm.reannotation.lda import LEDOIT_WOLF, check_shrinkage, floor
-from csm.reannotation.moments import Scatter, check_size, class_means, class_scatters
+from csm.reannotation.moments import Scatter, check_memory, class_means, class_scatters
 from csm.reannotation.selection import held_out_nll
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class QDA(nn.Module):
             self.register_buffer(name, value)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        check_size(features, self.means.shape[1], "qda")
         square = [  # class by class: memory does not grow with K
             ((features - mean) @ whitening.T).square().sum(dim=1)
             for mean, whitening in zip(self.means, self.whitening, strict=True)
@@ -58,7 +59,7 @@ def fit_qda(directory: Path, inputs: FitInputs, pooling: float = CHOOSE, shrinka
     check_shrinkage("qda", shrinkage)
     if not (0 <= pooling <= 1 or pooling == CHOOSE):
         raise InputError(f"qda.pooling: expected a number from 0 to 1, or -1 to choose it, got {pooling}")
-    check_size("qda", inputs.n_classes, inputs.features.size)
+    check_memory("qda", inputs.n_classes, inputs.features.size)
     counts, means = class_means(inputs.features.batches("train"), inputs.n_classes, "qda")
     if (counts < 2).any():
         few = ", ".join(inputs.class_names[index] for index in (counts < 2).nonzero().flatten().tolist())

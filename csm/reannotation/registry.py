@@ -18,5 +18,5 @@ HEADS: dict[str, HeadKind] = {
     "qda": HeadKind(fit_qda, load_qda),
     "knn": HeadKind(fit_knn, load_knn),
     "linear": HeadKind(fit_linear, load_linear),
-    "zero-shot": HeadKind(fit_zero_shot, load_zero_shot),
+    "zero-shot": HeadKind(fit_zero_shot, load_zero_shot, encoders=("clip",)),
 }

@@ -1,6 +1,7 @@
 """bench: speed as a ratio against a named baseline, both measured in one run on this machine. One file for each benchmark."""
 
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -74,6 +75,50 @@ def _mix(workspace: Path | None, seconds: float, compiled: bool, as_json: bool, 
     from flows.bench.mix import mixing_speed
 
     show_result(mixing_speed(workspace, seconds, compiled), as_json)
+
+
+@bench.command(
+    "truth",
+    short_help="How right the annotators are, where the truth is known.",
+    help="Every annotator's labels, and the classifiers that learn them, against the true posterior of data drawn from known Gaussians.",
+)
+@click.option("--config", default="gaussians", show_default=True, help="Name of a configuration with data of source gaussians.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
+@click.option(
+    "--workspace",
+    type=click.Path(path_type=Path),
+    default=Path("truth"),
+    show_default=True,
+    help="A workspace for each data set goes below it.",
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Data sets: data.seed 0, 1, ...")
+@click.option(
+    "--generator", "generators", multiple=True, help="fitted (to the training images) or oracle (the truth); default: both."
+)
+@click.option(
+    "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
+)
+@with_options(OUTPUT_OPTIONS)
+def _truth(
+    config: str,
+    overrides: tuple[str, ...],
+    workspace: Path,
+    seeds: int,
+    generators: tuple[str, ...],
+    address: str,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    from flows.bench.truth import GENERATORS, measure, table
+
+    rows = measure(
+        workspace, config, overrides, seeds, generators or tuple(GENERATORS), address, " ".join(["csm", *sys.argv[1:]])
+    )
+    for generator in generators or GENERATORS:
+        print_table(table(rows, generator))
+    click.echo(f"plots, runs and rows: {workspace}")
+    if as_json:
+        click.echo(json.dumps(rows))
 
 
 @bench.command(

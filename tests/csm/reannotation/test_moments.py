@@ -7,7 +7,7 @@ from sklearn.covariance import ledoit_wolf
 
 from csm.errors import InputError
 from csm.reannotation import moments
-from csm.reannotation.moments import check_size, class_means, class_scatters, pooled_scatter
+from csm.reannotation.moments import check_memory, class_means, class_scatters, pooled_scatter
 
 Clouds = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -72,6 +72,6 @@ def test_no_spread_needs_no_shrinkage() -> None:
 
 
 def test_covariances_that_are_too_large_are_refused() -> None:
-    check_size("qda", 2, 8192)  # 1 GiB
+    check_memory("qda", 2, 8192)  # 1 GiB
     with pytest.raises(InputError, match=r"qda: 3 covariances of 8192 x 8192 take 1.5 GiB, the limit is 1 GiB"):
-        check_size("qda", 3, 8192)
+        check_memory("qda", 3, 8192)
