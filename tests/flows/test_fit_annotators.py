@@ -307,7 +307,9 @@ def both(context: Context) -> tuple[Workspace, Any]:
 
 def test_definitions_that_are_not_used_do_not_call_it_out_of_date() -> None:
     settings = STAGE.settings(load_config("demo"))
-    assert STAGE.settings(load_config("demo", ["annotate.annotators.knn=null", "annotate.encoders.dinov2=null"])) == settings
+    assert (
+        STAGE.settings(load_config("demo", ["annotate.annotators.knn=null", "annotate.encoders.new={kind: pixels}"])) == settings
+    )
     assert STAGE.settings(load_config("demo", ["annotate.annotators.teacher.description=other"])) == settings
     assert STAGE.settings(load_config("demo", ["annotate.annotators.teacher.pair=true"])) != settings
 
