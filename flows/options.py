@@ -51,11 +51,11 @@ def show_result(result: Mapping[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(result))
 
 
-def print_table(table: Any) -> None:
-    """A rich table, on a terminal in its width."""
+def print_table(table: Any, width: int = 110) -> None:
+    """A rich table, on a terminal in its width, else in ``width`` columns."""
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=110)
+        console = Console(width=width)
     console.print(table)

@@ -115,7 +115,7 @@ def _truth(
         workspace, config, overrides, seeds, generators or tuple(GENERATORS), address, " ".join(["csm", *sys.argv[1:]])
     )
     for generator in generators or GENERATORS:
-        print_table(table(rows, generator))
+        print_table(table(rows, generator), width=130)
     click.echo(f"plots, runs and rows: {workspace}")
     if as_json:
         click.echo(json.dumps(rows))
