@@ -102,10 +102,11 @@ def test_a_run_needs_the_annotators_of_its_methods_and_the_default_one() -> None
 
 
 def test_members_are_fitted_before_their_ensemble_and_candidates_in_place_of_auto() -> None:
-    outer = define("outer", "head: ensemble, members: [ensemble, lda]")
-    annotate = load_config("demo", [outer, "annotate.candidates=[outer, knn, teacher]"]).annotate
-    assert annotate.to_fit(["outer"]) == ("teacher", "qda-pixels", "ensemble", "lda", "outer")
-    assert annotate.to_fit(["lda", "auto"]) == ("lda", "teacher", "qda-pixels", "ensemble", "outer", "knn")
+    inner = define("inner", "head: ensemble, members: [teacher, qda-pixels]")
+    outer = define("outer", "head: ensemble, members: [inner, lda]")
+    annotate = load_config("demo", [inner, outer, "annotate.candidates=[outer, knn, teacher]"]).annotate
+    assert annotate.to_fit(["outer"]) == ("teacher", "qda-pixels", "inner", "lda", "outer")
+    assert annotate.to_fit(["lda", "auto"]) == ("lda", "teacher", "qda-pixels", "inner", "outer", "knn")
     assert annotate.encoders_of(["outer"]) == ("teacher", "pixels", "classifier")
 
 
