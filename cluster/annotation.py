@@ -94,7 +94,9 @@ class EncodeShards:
             try:
                 frame = encode_table(self._encoders[name], real, job.shape, job.device)
             except InputError as error:
-                raise InputError(f"{job.real}, from row {shard * SLICE_ROWS}: by {name}: {error}") from None
+                raise InputError(
+                    f"annotate.encoders.{name}: {error} (images from row {shard * SLICE_ROWS} of {job.real})"
+                ) from None
             seconds = time.monotonic() - started
             checksum = write_part(frame, job.features, shard, frame.schema, job.key)
             receipts.append(make_receipt(f"encoders/{name}", shard, len(frame), checksum, seconds))

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,10 +30,11 @@ def find_folder(path: str) -> Path:
     from huggingface_hub import snapshot_download  # it and transformers take seconds to import; only who needs them pays
 
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if path and folder.is_dir():
         return folder
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
-        raise InputError(f"path: folder {path} does not exist")
+    if folder.is_file() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        reason = "is a file, not a folder" if folder.is_file() else "does not exist"
+        raise InputError(f"path: folder {path!r} {reason}: give the folder that the model was saved to, or owner/name on the hub")
     try:
         found = Path(snapshot_download(path, allow_patterns=FILES))
         if not list(found.glob("*.safetensors")):  # some of the oldest models have none; `read_model` takes only tensors from it
@@ -44,6 +45,15 @@ def find_folder(path: str) -> Path:
             f"({type(error).__name__}): fetch it elsewhere and give its folder"
         ) from error
     return found
+
+
+def model_type(folder: Path, expected: Collection[str]) -> str:
+    """The type of the model of transformers in ``folder``, from its configuration; ``InputError`` if it is none of ``expected``."""
+    file = folder / "config.json"
+    name = read_config(file).get("model_type")
+    if name not in expected:
+        raise InputError(f"{file}: model_type is {name!r}; expected {' or '.join(expected)}")
+    return str(name)
 
 
 def read_config(path: Path, classes: Sequence[str] = ()) -> dict[str, Any]:

@@ -76,7 +76,8 @@ def reliability_diagram(
         axes.plot(*line, "D-", color=AFTER, markersize=4)
         _share(histogram, scaled, facecolor="none", edgecolor=AFTER)
         text += f", {100 * mean_gap(scaled).item():.1f} % after temperature"
-    axes.text(0.03, 0.97, text, transform=axes.transAxes, va="top", color=INK, fontsize=11)
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2}
+    axes.text(0.03, 0.97, text, transform=axes.transAxes, va="top", color=INK, fontsize=11, bbox=box)
     axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=title)
     axes.tick_params(labelbottom=False)
     histogram.set(xlabel="confidence", ylabel="share")

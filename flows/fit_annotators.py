@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 
 from cluster.annotation import EncodeJob, EncoderSpec, encode_shards, read_slice, real_slices
@@ -278,15 +279,30 @@ def _report(context: Context, record: StageRecord, name: str, calibration: Calib
     run = f"stage {record.name} {record.fingerprint}"
     names = ("scale", "temperature", "nll_before", "nll_after", "nll")
     values = {key: value for key in names if (value := getattr(calibration, key)) is not None}
-    nll = (
-        f"; NLL {values.get('nll_before', torch.inf):.3f} -> {values.get('nll_after', torch.inf):.3f}"
-        if calibration.images
-        else ""
-    )
     note = f" ({calibration.note})" if calibration.note else ""
-    say(f"  {name}: labels {describe(calibration)}{nll}{note}")
+    say(f"  {name}: labels {describe(calibration)}{_nll(context, name, calibration)}{note}")
     context.tracker.log_metrics(run, {f"{name}.{key}": value for key, value in values.items()})
     context.tracker.log_file(run, context.workspace.annotator(name) / "calibration.json", name)
+
+
+def _nll(context: Context, name: str, calibration: Calibration) -> str:
+    """The NLL on validation images without calibrator, and of those that the calibrator was not fitted on."""
+    if not calibration.images:
+        return ""
+    pair_head = context.config.annotate.annotators[name].pair_head
+    before, after = ("infinite" if value is None else f"{value:.3f}" for value in (calibration.nll_before, calibration.nll))
+    text = f"; {'NLL within pairs' if pair_head else 'NLL'} {before} -> {after}"
+    shares = torch.tensor(list(_class_counts(context.workspace).values()), dtype=torch.float64)
+    ignorant = torch.distributions.Categorical(shares).entropy().item()
+    if not pair_head and calibration.nll is not None and calibration.nll > 0.99 * ignorant:
+        text += f", no better than knowing the classes' shares alone ({ignorant:.3f}): check its encoder"
+    return text
+
+
+def _class_counts(workspace: Workspace) -> dict[int, int]:
+    """Images of each class in the validation split."""
+    labels = pl.scan_parquet(workspace.real).filter(pl.col("split") == "val").select("label").collect()["label"]
+    return dict(labels.value_counts().iter_rows())
 
 
 def _choose(context: Context, record: StageRecord, calibrations: Mapping[str, Calibration], left_out: Mapping[str, str]) -> None:
@@ -341,6 +357,23 @@ def _files(workspace: Workspace, config: Config, names: Collection[str]) -> list
     return files + [workspace.encoder(name) for name in config.annotate.encoders_of(names)]
 
 
+def _check(context: Context) -> None:
+    """What can be seen to be wrong with the encoders that are needed in any case, before anything is loaded."""
+    annotate, workspace = context.config.annotate, context.workspace
+    for name in annotate.encoders_of(name for name in context.config.annotators if name != AUTO):
+        encoder = annotate.encoders[name]
+        kind = ENCODERS[encoder.kind]
+        if "truth" in kind.needs and workspace.dataset.is_file() and not workspace.truth.is_dir():
+            raise InputError(
+                f"annotate.encoders.{name}: the law of these images is not known: set data.source=gaussians, or name another annotator"
+            )
+        if kind.check:
+            try:
+                kind.check(**encoder.parameters)
+            except InputError as error:
+                raise InputError(f"annotate.encoders.{name}: {error}") from None
+
+
 STAGE = Stage(
     name="fit-annotators",
     unit="annotators",
@@ -351,6 +384,7 @@ STAGE = Stage(
     ),
     settings=_settings,
     outputs=_outputs,
+    check=_check,
     run=_run,
     incremental=True,
 )

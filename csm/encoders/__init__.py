@@ -8,8 +8,8 @@ import torch
 
 from csm import tables
 from csm.encoders.classifier import load_penultimate, load_teacher
-from csm.encoders.clip import load_clip
-from csm.encoders.dinov2 import load_dinov2
+from csm.encoders.clip import check_clip, load_clip
+from csm.encoders.dinov2 import check_dinov2, load_dinov2
 from csm.encoders.features import FeatureTable
 from csm.encoders.generative import load_generator_posterior, load_true_posterior
 from csm.encoders.pca import fit_pca, load_pca
@@ -36,11 +36,13 @@ class EncoderKind(NamedTuple):
         fit: ``fit(sources, batches, **parameters)`` comes first and writes to ``sources.fitted``; ``batches()`` iterates over the
             training images uint8 (N, C, H, W), anew with each call. None if there is nothing to fit. Same settings as ``load``.
         needs: fields of ``Sources`` that it reads.
+        check: ``check(**parameters)`` raises ``InputError`` for settings that can be seen to be wrong without loading anything.
     """
 
     load: Callable[..., Encoder]
     fit: Callable[..., None] | None = None
     needs: tuple[str, ...] = ()
+    check: Callable[..., None] | None = None
 
 
 ENCODERS: dict[str, EncoderKind] = {
@@ -48,8 +50,8 @@ ENCODERS: dict[str, EncoderKind] = {
     "pca": EncoderKind(load_pca, fit_pca),
     "classifier": EncoderKind(load_penultimate, needs=("members",)),
     "teacher": EncoderKind(load_teacher, needs=("members",)),
-    "clip": EncoderKind(load_clip),
-    "dinov2": EncoderKind(load_dinov2),
+    "clip": EncoderKind(load_clip, check=check_clip),
+    "dinov2": EncoderKind(load_dinov2, check=check_dinov2),
     "generator": EncoderKind(load_generator_posterior, needs=("generator",)),
     "truth": EncoderKind(load_true_posterior, needs=("truth",)),
 }
@@ -65,7 +67,7 @@ def encode(encoder: Encoder, images: torch.Tensor, device: str = "cpu") -> torch
     features = torch.cat([encoder(batch.to(device)).float() for batch in images.split(BATCH)])
     if not features.isfinite().all():
         row = int((~features.isfinite().all(dim=1)).nonzero()[0])
-        raise InputError(f"encoder: the feature of image {row} of {len(images)} is not finite: check the encoder's weights")
+        raise InputError(f"the feature of image {row} of {len(images)} is not finite: check the encoder's weights")
     return features
 
 

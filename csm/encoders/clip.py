@@ -11,7 +11,7 @@ from csm.encoders.preprocessing import read_preprocessing
 from csm.encoders.sources import Sources
 from csm.encoders.vision import Vision
 from csm.errors import InputError
-from csm.model_folders import find_folder, read_config, read_model, read_tokenizer
+from csm.model_folders import find_folder, model_type, read_model, read_tokenizer
 
 CLIP = "openai/clip-vit-base-patch32"  # the paper's encoder
 TEXTS = 256  # texts in the network together
@@ -50,6 +50,11 @@ def load_clip(sources: Sources, path: str = CLIP, precision: str = "auto") -> Vi
     return Vision("clip", network, preprocessing, config.num_channels, config.image_size, fixed=True, precision=precision)
 
 
+def check_clip(path: str = CLIP, precision: str = "auto") -> None:
+    """``InputError`` if there is no CLIP at ``path``; nothing is loaded."""
+    model_type(find_folder(path), ("clip", "clip_vision_model"))
+
+
 @torch.no_grad()
 def encode_texts(path: str, texts: Sequence[str]) -> tuple[torch.Tensor, float]:
     """Embeddings float32 (T, F) of ``texts``, not normalised, and the number by which the model multiplies cosines to get logits.
@@ -80,8 +85,4 @@ def encode_texts(path: str, texts: Sequence[str]) -> tuple[torch.Tensor, float]:
 
 def _read(folder: Path, kinds: dict[str, Any]) -> Any:
     """The model in ``folder``, of a class of ``kinds`` by the model type in its configuration."""
-    file = folder / "config.json"
-    name = read_config(file).get("model_type")
-    if name not in kinds:
-        raise InputError(f"{file}: model_type is {name!r}; expected {' or '.join(kinds)}")
-    return read_model(kinds[name], folder, weights="model")
+    return read_model(kinds[model_type(folder, kinds)], folder, weights="model")

@@ -6,8 +6,9 @@ from torch import nn
 from csm.encoders.preprocessing import read_preprocessing
 from csm.encoders.sources import Sources
 from csm.encoders.vision import Vision
-from csm.errors import InputError
-from csm.model_folders import find_folder, read_config, read_model
+from csm.model_folders import find_folder, model_type, read_model
+
+DINOV2 = "facebook/dinov2-base"
 
 
 class ClassToken(nn.Module):
@@ -26,7 +27,7 @@ class ClassToken(nn.Module):
         return token
 
 
-def load_dinov2(sources: Sources, path: str = "facebook/dinov2-base", precision: str = "auto") -> Vision:
+def load_dinov2(sources: Sources, path: str = DINOV2, precision: str = "auto") -> Vision:
     """The DINOv2 model at ``path``.
 
     Args:
@@ -40,10 +41,7 @@ def load_dinov2(sources: Sources, path: str = "facebook/dinov2-base", precision:
     from transformers import Dinov2Model  # takes seconds; only who needs it pays
 
     folder = find_folder(path)
-    file = folder / "config.json"
-    name = read_config(file).get("model_type")
-    if name != "dinov2":
-        raise InputError(f"{file}: model_type is {name!r}; expected dinov2")
+    model_type(folder, ("dinov2",))
     model = read_model(Dinov2Model, folder, weights="model")
     preprocessing = read_preprocessing(folder, model.config.num_channels)
     return Vision(
@@ -55,3 +53,8 @@ def load_dinov2(sources: Sources, path: str = "facebook/dinov2-base", precision:
         fixed=False,  # it interpolates its positions
         precision=precision,
     )
+
+
+def check_dinov2(path: str = DINOV2, precision: str = "auto") -> None:
+    """``InputError`` if there is no DINOv2 at ``path``; nothing is loaded."""
+    model_type(find_folder(path), ("dinov2",))

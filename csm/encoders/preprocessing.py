@@ -137,5 +137,6 @@ def _check(file: Path, preprocessing: Preprocessing, channels: int) -> None:
     for name in ("image_mean", "image_std"):
         values = getattr(preprocessing, name)
         good = len(values) == channels and all(math.isfinite(value) for value in values)
-        if preprocessing.do_normalize and (not good or (name == "image_std" and min(values) <= 0)):
-            raise InputError(f"{file}: {name} is {list(values)}; expected a number for each of the {channels} channels")
+        above = " above 0" if name == "image_std" else ""
+        if preprocessing.do_normalize and (not good or (above and min(values) <= 0)):
+            raise InputError(f"{file}: {name} is {list(values)}; expected a number{above} for each of the {channels} channels")

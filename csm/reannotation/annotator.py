@@ -116,7 +116,12 @@ def annotate(
     lam = torch.from_numpy(rows["lam"].to_numpy().copy()).to(device)
     needed = frozenset[str]().union(*(annotator.spec.encoders for annotator in annotators.values()))
     images = tables.to_images(mixed["image"], shape) if needed else torch.empty(0)
-    features = {name: encode(encoders[name], images, device) for name in sorted(needed)}
+    features = {}
+    for name in sorted(needed):
+        try:
+            features[name] = encode(encoders[name], images, device)
+        except InputError as error:
+            raise InputError(f"encoder {name}: {error}") from None
     schema = tables.annotations(n_classes)
     frames = {}
     for name, annotator in annotators.items():

@@ -1,7 +1,8 @@
 """Ensembles: the linear opinion pool of calibrated annotators, ``p = sum_m w_m p_m`` (Stone, "The opinion pool", 1961).
 
-The weights are those of greatest likelihood on held-out real images. A pool of calibrated members is itself a little too uncertain
-(Ranjan & Gneiting, "Combining probability forecasts", 2010), which is why it is calibrated again, as any annotator.
+The weights are those of greatest likelihood on held-out real images, each judged by calibrators that were fitted on others (stacking:
+Wolpert, "Stacked generalization", 1992): else a member whose calibrator overfits would get all the weight. A pool of calibrated members is
+itself a little too uncertain (Ranjan & Gneiting, "Combining probability forecasts", 2010), so it is calibrated again, in the same way.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from csm import storage
 from csm.errors import InputError
-from csm.reannotation.calibration import cross_fitted, fit_calibration
+from csm.reannotation.calibration import cross_fitted, fit_calibration, stratified_folds
 from csm.reannotation.calibrators import Calibration, apply_calibration, refit
 
 TOLERANCE, MAX_STEPS = 1e-6, 10_000
@@ -59,7 +60,7 @@ def fit_ensemble(
     """
     _check_members(posteriors, calibrations)
     fixed = [calibrations[name] for name in posteriors]
-    weights = pool_weights(_likelihoods(_calibrated(list(posteriors.values()), fixed), labels))
+    weights = pool_weights(_likelihoods(_out_of_fold(torch.stack(list(posteriors.values())), fixed, labels), labels))
     storage.write_json(directory / "members.json", asdict(_Members(tuple(posteriors), tuple(fixed))))
     storage.write_tensors(directory / "weights.safetensors", {"weights": weights})
     return dict(zip(posteriors, weights.tolist(), strict=True))
@@ -87,24 +88,26 @@ def fit_ensemble_calibration(
         InputError: as these.
     """
     _check_members(posteriors, calibrations)
+    raw, fixed = torch.stack(list(posteriors.values())), [calibrations[name] for name in posteriors]
 
-    def pool(rows: Tensor, members: Sequence[Calibration], weights: Tensor) -> Tensor:
-        return _pool(weights, _calibrated([posterior[rows] for posterior in posteriors.values()], members))
+    def stack(rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights, and the pooled log-posterior of ``rows``, by members that were calibrated on others of them."""
+        calibrated = _out_of_fold(raw[:, rows], fixed, labels[rows])
+        weights = pool_weights(_likelihoods(calibrated, labels[rows]))
+        return weights, _pool(weights, calibrated)
 
-    def fit_pool(rows: Tensor) -> tuple[list[Calibration], Tensor]:
-        parts = {name: posterior[rows] for name, posterior in posteriors.items()}
-        members = [refit(calibrations[name], part, labels[rows]) for name, part in parts.items()]
-        return members, pool_weights(_likelihoods(_calibrated(list(parts.values()), members), labels[rows]))
+    _, pooled = stack(torch.arange(len(labels), device=labels.device))
+    fitted = fit_calibration(calibrator, pooled, None, labels, pair=pair)
 
-    everything = torch.arange(len(labels), device=labels.device)
-    fitted = fit_calibration(calibrator, pool(everything, *fit_pool(everything)), None, labels, pair=pair)
+    def fit(rows: Tensor) -> tuple[list[Calibration], Tensor, Calibration]:
+        weights, pooled = stack(rows)
+        members = [refit(one, posterior[rows], labels[rows]) for one, posterior in zip(fixed, raw, strict=True)]
+        return members, weights, refit(fitted, pooled, labels[rows])
 
-    def fit(rows: Tensor) -> tuple[tuple[list[Calibration], Tensor], Calibration]:
-        fold = fit_pool(rows)
-        return fold, refit(fitted, pool(rows, *fold), labels[rows])
-
-    def score(fold: tuple[tuple[list[Calibration], Tensor], Calibration], rows: Tensor) -> Tensor:
-        return -apply_calibration(pool(rows, *fold[0]), fold[1]).gather(1, labels[rows, None]).squeeze(1)
+    def score(fold: tuple[list[Calibration], Tensor, Calibration], rows: Tensor) -> Tensor:
+        members, weights, last = fold
+        pooled = _pool(weights, _calibrated(list(raw[:, rows]), members))
+        return -apply_calibration(pooled, last).gather(1, labels[rows, None]).squeeze(1)
 
     return replace(fitted, nll=cross_fitted(labels, fit, score).mean().item())
 
@@ -143,6 +146,17 @@ def _check_members(posteriors: Mapping[str, Tensor], calibrations: Mapping[str, 
 def _calibrated(posteriors: Sequence[Tensor], calibrations: Sequence[Calibration]) -> Tensor:
     """Calibrated log-posteriors float64 (M, N, K)."""
     return torch.stack([apply_calibration(*member) for member in zip(posteriors, calibrations, strict=True)])
+
+
+def _out_of_fold(posteriors: Tensor, calibrations: Sequence[Calibration], labels: Tensor) -> Tensor:
+    """As ``_calibrated``, of (M, N, K), but each image by calibrators fitted on the folds that it is not in."""
+    result = torch.empty_like(posteriors, dtype=torch.float64)
+    for held_out in stratified_folds(labels):
+        rows = torch.ones_like(labels, dtype=torch.bool)
+        rows[held_out] = False
+        refitted = [refit(one, posterior[rows], labels[rows]) for one, posterior in zip(calibrations, posteriors, strict=True)]
+        result[:, held_out] = _calibrated(list(posteriors[:, held_out]), refitted)
+    return result
 
 
 def _likelihoods(calibrated: Tensor, labels: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"size": "large"}, r"size is 'large'; expected a whole number"),
         ({"crop_size": {"shortest_edge": 224}}, r"crop_size is {'shortest_edge': 224}; expected a number of pixels, or"),
         ({"image_mean": [0.5]}, r"image_mean is \[0.5\]; expected a number for each of the 3 channels"),
-        ({"image_std": [0.5, 0.5, 0.0]}, r"image_std is \[0.5, 0.5, 0.0\]; expected a number for each"),
+        ({"image_std": [0.5, 0.5, 0.0]}, r"image_std is \[0.5, 0.5, 0.0\]; expected a number above 0 for each"),
         ({"rescale_factor": "x"}, r"rescale_factor is 'x'; expected a number"),
     ],
 )

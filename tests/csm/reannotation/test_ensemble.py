@@ -77,11 +77,34 @@ def test_an_ensemble_is_the_weighted_mean_of_calibrated_members_and_comes_back(t
     expected = sum(weights[name] * apply_calibration(posteriors[name], calibrations[name]).exp().numpy() for name in posteriors)
     assert found.dtype == torch.float32
     assert found.exp().numpy() == pytest.approx(expected, abs=1e-6)
-    parts = np.exp(
-        -np.stack([cross_entropy(apply_calibration(p, calibrations[n]), labels, reduction="none") for n, p in posteriors.items()])
-    )
+    parts = np.exp(-np.stack([out_of_fold(p, calibrations[n].calibrator, labels)[1] for n, p in posteriors.items()]))
     best = minimize(lambda free: -np.log(softmax(free) @ parts).mean(), np.zeros(3), method="BFGS")
-    assert cross_entropy(found, labels).item() == pytest.approx(best.fun, abs=1e-5)
+    assert -np.log(np.array(list(weights.values())) @ parts).mean() == pytest.approx(best.fun, abs=2e-6)
+
+
+def out_of_fold(posterior: torch.Tensor, calibrator: str, labels: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+    """Calibrated log-posterior and NLL of each image, by a calibrator that was fitted without its fold."""
+    said = torch.empty(posterior.shape, dtype=torch.float64)
+    for fold in stratified_folds(labels):
+        rest = torch.tensor([i for i in range(len(labels)) if i not in set(fold.tolist())])
+        fitted = fit_calibration(calibrator, posterior[rest], None, labels[rest])
+        said[fold] = apply_calibration(posterior[fold], fitted)
+    return said, cross_entropy(said, labels, reduction="none").numpy()
+
+
+def test_a_member_whose_calibrator_overfits_does_not_win() -> None:
+    draw = torch.Generator().manual_seed(3)
+    truth = 2 * torch.randn(120, 4, generator=draw, dtype=torch.float64)
+    labels = torch.multinomial(truth.softmax(dim=1), 1, generator=draw).squeeze(1)
+    noisy = truth + 3 * torch.randn(120, 4, generator=draw, dtype=torch.float64)
+    posteriors = {"good": truth.log_softmax(dim=1).float(), "flexible": noisy.log_softmax(dim=1).float()}
+    calibrations = {
+        "good": fit_calibration("temperature", posteriors["good"], None, labels),
+        "flexible": fit_calibration("isotonic", posteriors["flexible"], None, labels),
+    }
+    found = fit_ensemble_calibration("temperature", posteriors, calibrations, labels)
+    assert found.nll < calibrations["flexible"].nll
+    assert found.nll == pytest.approx(calibrations["good"].nll, abs=0.03)
 
 
 def test_an_ensemble_moves_to_another_type_of_input_order_and_size(tmp_path: Path, members: Sample) -> None:
@@ -99,19 +122,25 @@ def test_the_compared_nll_refits_members_and_weights_without_each_fold(tmp_path:
     for number, fold in enumerate(stratified_folds(labels)):
         rest = torch.tensor([i for i in range(len(labels)) if i not in set(fold.tolist())])
         part = {name: posterior[rest] for name, posterior in posteriors.items()}
-        fit_ensemble(tmp_path / str(number), part, calibrated((part, labels[rest])), labels[rest])
+        _, pooled = stacked(tmp_path / str(number), part, labels[rest])
+        final = fit_calibration(calibrator, pooled, None, labels[rest])
         ensemble = load_ensemble(tmp_path / str(number))
-        final = fit_calibration(calibrator, ensemble(list(part.values())), None, labels[rest])
-        pooled = ensemble([posterior[fold] for posterior in posteriors.values()])
-        total += cross_entropy(apply_calibration(pooled, final), labels[fold], reduction="sum").item()
+        said = ensemble([posterior[fold] for posterior in posteriors.values()])
+        total += cross_entropy(apply_calibration(said, final), labels[fold], reduction="sum").item()
     found = fit_ensemble_calibration(calibrator, posteriors, calibrated(members), labels, pair=True)
     assert found.nll == pytest.approx(total / len(labels), abs=1e-5)
     assert found.pair
-    fit_ensemble(tmp_path, posteriors, calibrated(members), labels)
-    pooled = load_ensemble(tmp_path)(list(posteriors.values()))
+    _, pooled = stacked(tmp_path, posteriors, labels)
     assert found.nll_before == pytest.approx(cross_entropy(pooled, labels).item(), abs=1e-5)
     assert found.nll_after == pytest.approx(cross_entropy(apply_calibration(pooled, found), labels).item(), abs=1e-5)
     assert found.nll < min(calibration.nll for calibration in calibrated(members).values())
+
+
+def stacked(directory: Path, posteriors: dict[str, torch.Tensor], labels: torch.Tensor) -> tuple[list[float], torch.Tensor]:
+    """Weights, and the pool of members that were calibrated without the fold of each image."""
+    weights = list(fit_ensemble(directory, posteriors, calibrated((posteriors, labels)), labels).values())
+    probs = [out_of_fold(posterior, "temperature", labels)[0].exp() for posterior in posteriors.values()]
+    return weights, sum(weight * part for weight, part in zip(weights, probs, strict=True)).log()
 
 
 def test_members_must_know_all_classes(tmp_path: Path, members: Sample) -> None:
