@@ -11,7 +11,7 @@ from csm.generators import load_generator
 from csm.storage import file_digest
 from flows import cli
 
-DATA = ("base=synthetic", "classes=3", "height=2", "width=2", "mean_scale=2", "train=40", "val=10", "test=20")
+DATA = ("components=1", "base=synthetic", "classes=3", "height=2", "width=2", "mean_scale=2", "train=40", "val=10", "test=20")
 SETTINGS = tuple(part for setting in DATA for part in ("--set", f"data.{setting}"))
 
 

@@ -87,5 +87,5 @@ def test_a_prompt_without_the_name_is_refused(clip_folder: Path, tmp_path: Path,
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"path: folder .*absent does not exist"):
+    with pytest.raises(InputError, match=r"path: folder .*absent' does not exist"):
         fit_zero_shot(tmp_path, inputs(tmp_path, tmp_path / "absent"))
