@@ -12,7 +12,8 @@ from csm import storage
 from csm.datasets import RealDataset
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
-from flows.fit_annotators import annotator_spec, annotators, calibration_of, device, encoder_spec, fit_fingerprint
+from flows.features import device, encoder_spec
+from flows.fit_annotators import annotator_spec, annotators, calibration_of, fit_fingerprint
 from flows.mix import process, remove_other_parts
 from flows.stages import Context, Made, Stage
 

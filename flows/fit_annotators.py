@@ -1,19 +1,16 @@
-"""fit-annotators: encode the real images once, fit annotators and calibrators on the features, and choose among them if asked to."""
+"""fit-annotators: fit heads and calibrators on the features of the real images, and choose among the annotators if asked to."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import torch
 
-from cluster.annotation import EncodeJob, EncoderSpec, encode_shards, read_slice, real_slices
-from cluster.shards import finished_shards
-from csm import storage, tables
+from csm import storage
 from csm.datasets import RealDataset
-from csm.encoders import ENCODERS, FeatureTable, Sources
+from csm.encoders import FeatureTable
 from csm.errors import InputError
 from csm.reannotation import (
     HEADS,
@@ -31,12 +28,9 @@ from csm.reannotation import (
 from flows.annotators import AUTO, ENSEMBLE, encoder_files
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
-from flows.fit_teacher import members
-from flows.mix import process, remove_other_parts
+from flows.features import NEEDS, check_encoders, encode, encoder_key, recorded_fingerprint
 from flows.progress import say
 from flows.stages import Context, Made, Stage
-
-NEEDS = {"members": "fit-teacher", "generator": "generator", "truth": "prepare"}  # field of Sources -> the stage that makes it
 
 
 @dataclass(frozen=True)
@@ -51,11 +45,6 @@ class Choice:
     chosen: str
     reason: str
     candidates: dict[str, float | str]
-
-
-@dataclass(frozen=True)
-class _Mark:
-    fingerprint: str
 
 
 def annotators(workspace: Workspace, config: Config) -> tuple[str, ...]:
@@ -76,22 +65,9 @@ def annotator_spec(workspace: Workspace, config: Config, name: str) -> Annotator
     return AnnotatorSpec(name, annotator.head, workspace.annotator(name).absolute(), annotator.encoder, parts)
 
 
-def encoder_spec(workspace: Workspace, config: Config, name: str) -> EncoderSpec:
-    """How workers, whose current folder may be another one, get the encoder ``name``."""
-    encoder = config.annotate.encoders[name]
-    folders = (workspace.encoder(name), workspace.generator, workspace.truth)
-    fitted, generator, truth = (folder.absolute() for folder in folders)
-    sources = Sources(fitted, members(workspace, config), generator, truth)
-    parameters = {
-        key: str(Path(value).absolute()) if isinstance(value, str) and Path(value).is_dir() else value
-        for key, value in encoder.parameters.items()
-    }
-    return EncoderSpec(name, encoder.kind, sources, parameters)
-
-
 def fit_fingerprint(workspace: Workspace, name: str) -> str:
     """Identifies everything that the fitted annotator ``name`` depends on; "" if it is not fitted."""
-    return _fingerprint(workspace.annotator(name) / "annotator.json")
+    return recorded_fingerprint(workspace.annotator(name) / "annotator.json")
 
 
 def calibration_of(workspace: Workspace, name: str) -> Calibration:
@@ -99,21 +75,11 @@ def calibration_of(workspace: Workspace, name: str) -> Calibration:
     return storage.read_record(workspace.annotator(name) / "calibration.json", Calibration)
 
 
-def device(config: Config) -> str:
-    """Where annotation computes."""
-    return "cuda" if config.resources.annotate.gpus else "cpu"
-
-
-def _fingerprint(file: Path) -> str:
-    """The fingerprint that was written last of all to the JSON ``file``; "" if it is not there."""
-    return storage.read_record(file, _Mark).fingerprint if file.is_file() else ""
-
-
 def _run(context: Context, record: StageRecord) -> Made:
     workspace, config = context.workspace, context.config
     names = config.annotate.to_fit(config.annotators)
     required = config.annotate.to_fit(name for name in config.annotators if name != AUTO)
-    failed = _encode(context, record, names, required)
+    failed = encode(context, record, names, required)
     calibrations: dict[str, Calibration] = {}
     left_out: dict[str, str] = {}
     for name in names:
@@ -137,83 +103,13 @@ def _run(context: Context, record: StageRecord) -> Made:
     return Made(len(calibrations), storage.digest(made))
 
 
-def _encode(context: Context, record: StageRecord, names: Collection[str], required: Collection[str]) -> dict[str, str]:
-    """Bring the features of the encoders of ``names`` up to date and return which could not be, and why.
-
-    Raises:
-        InputError: one of the annotators ``required`` has such an encoder.
-    """
-    annotate = context.config.annotate
-    encoders, needed = annotate.encoders_of(names), annotate.encoders_of(required)
-    try:
-        _encode_together(context, record, encoders)
-        return {}
-    except InputError:
-        if set(encoders) == set(needed):
-            raise
-    failed = {}
-    for name in encoders:  # one by one, to see which it is; what is there is not made again
-        try:
-            _encode_together(context, record, [name])
-        except InputError as error:
-            if name in needed:
-                raise
-            failed[name] = str(error)
-    return failed
-
-
-def _encode_together(context: Context, record: StageRecord, names: Sequence[str]) -> None:
-    """Features of all real images but the test split, each image read once for all encoders ``names``, over Ray."""
-    workspace, config = context.workspace, context.config
-    real, slices = workspace.real.absolute(), real_slices(workspace.real)
-    shape = RealDataset.load_info(workspace.root).shape
-    jobs, done = [], 0
-    for name in names:
-        spec, key, directory = encoder_spec(workspace, config, name), _encoder_key(context, record, name), workspace.encoder(name)
-        _fit_encoder(spec, key, partial(_training_images, real, slices, shape))
-        remove_other_parts(directory, slices)
-        finished = finished_shards(directory, key, slices)
-        done += sum(slices[number] for number in finished)
-        todo = frozenset(slices) - finished
-        jobs.append(EncodeJob(spec, real, directory.absolute(), key, shape, todo, device(config)))
-    todo_jobs = [job for job in jobs if job.shards]
-    if todo_jobs:
-        work = partial(encode_shards, todo_jobs, config.resources.annotate)
-        parts = {f"encoders/{name}" for name in names}
-        process(context, record, work, parts, "features", sum(slices.values()) * len(jobs), done)
-
-
-def _fit_encoder(spec: EncoderSpec, key: str, batches: Callable[[], Iterator[torch.Tensor]]) -> None:
-    """Fit the encoder on the training images ``batches()`` if it is one that is fitted, and was not yet under ``key``."""
-    fit, mark = ENCODERS[spec.kind].fit, spec.sources.fitted / "encoder.json"
-    if fit is None or _fingerprint(mark) == key:
-        return
-    fit(spec.sources, batches, **spec.parameters)
-    storage.write_json(mark, {"kind": spec.kind, "fingerprint": key})
-
-
-def _training_images(real: Path, slices: Collection[int], shape: tuple[int, int, int]) -> Iterator[torch.Tensor]:
-    for number in slices:
-        rows = read_slice(real, number, ["train"])
-        if len(rows):
-            yield tables.to_images(rows["image"], shape)
-
-
-def _encoder_key(context: Context, record: StageRecord, name: str) -> str:
-    """Identifies everything that the features by encoder ``name`` depend on."""
-    encoder = context.config.annotate.encoders[name]
-    needs = {need: record.inputs[NEEDS[need]] for need in ENCODERS[encoder.kind].needs}
-    settings = [encoder.kind, encoder.parameters, encoder_files(encoder)]
-    return storage.digest("encoder", record.code_version, *settings, record.inputs["prepare"], needs)
-
-
 def _fit(context: Context, record: StageRecord, name: str, calibrations: Mapping[str, Calibration]) -> Calibration:
     """Fit the annotator ``name`` and its calibrator, if they are not yet; ``calibrations`` has those of its members."""
     workspace, config = context.workspace, context.config
     annotator, directory = config.annotate.annotators[name], workspace.annotator(name)
     info = RealDataset.load_info(workspace.root)
     parts = {member: [fit_fingerprint(workspace, member), asdict(calibrations[member])] for member in annotator.members}
-    reads = _encoder_key(context, record, annotator.encoder) if annotator.encoder else [record.inputs["prepare"], parts]
+    reads = encoder_key(context, record, annotator.encoder) if annotator.encoder else [record.inputs["prepare"], parts]
     fingerprint = storage.digest("annotator", record.code_version, annotator.head, annotator.parameters, info.class_names, reads)
     if fit_fingerprint(workspace, name) != fingerprint:
         (directory / "annotator.json").unlink(missing_ok=True)
@@ -231,7 +127,7 @@ def _fit(context: Context, record: StageRecord, name: str, calibrations: Mapping
         storage.write_json(directory / "annotator.json", {"head": annotator.head, "fingerprint": fingerprint})
 
     file, key = directory / "calibration.json", storage.digest(fingerprint, annotator.calibrator, annotator.scale, annotator.pair)
-    if _fingerprint(file) == key:
+    if recorded_fingerprint(file) == key:
         return calibration_of(workspace, name)
     assert annotator.calibrator is not None
     if annotator.head == ENSEMBLE:
@@ -357,23 +253,6 @@ def _files(workspace: Workspace, config: Config, names: Collection[str]) -> list
     return files + [workspace.encoder(name) for name in config.annotate.encoders_of(names)]
 
 
-def _check(context: Context) -> None:
-    """What can be seen to be wrong with the encoders that are needed in any case, before anything is loaded."""
-    annotate, workspace = context.config.annotate, context.workspace
-    for name in annotate.encoders_of(name for name in context.config.annotators if name != AUTO):
-        encoder = annotate.encoders[name]
-        kind = ENCODERS[encoder.kind]
-        if "truth" in kind.needs and workspace.dataset.is_file() and not workspace.truth.is_dir():
-            raise InputError(
-                f"annotate.encoders.{name}: the law of these images is not known: set data.source=gaussians, or name another annotator"
-            )
-        if kind.check:
-            try:
-                kind.check(**encoder.parameters)
-            except InputError as error:
-                raise InputError(f"annotate.encoders.{name}: {error}") from None
-
-
 STAGE = Stage(
     name="fit-annotators",
     unit="annotators",
@@ -384,7 +263,7 @@ STAGE = Stage(
     ),
     settings=_settings,
     outputs=_outputs,
-    check=_check,
+    check=check_encoders,
     run=_run,
     incremental=True,
 )

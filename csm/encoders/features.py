@@ -12,8 +12,6 @@ import torch
 from csm import tables
 from csm.errors import InputError
 
-ROWS = 65536  # features that are in memory together
-
 
 @dataclass(frozen=True)
 class FeatureTable:
@@ -30,14 +28,12 @@ class FeatureTable:
         return column.size
 
     def batches(self, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Features float32 (N, F) and labels int64 (N,) of split ``split``, part by part in order of image_id; N is at most ``ROWS``."""
+        """Features float32 (N, F) and labels int64 (N,) of split ``split``, a part at a time, in order of image_id."""
         for part in self._parts():
             frame = tables.read(part, tables.features(self.size)).filter(pl.col("split") == split)
-            for rows in frame.iter_slices(ROWS):
-                yield (
-                    torch.from_numpy(rows["feature"].to_numpy().copy()),
-                    torch.from_numpy(rows["label"].to_numpy().astype(np.int64)),
-                )
+            if len(frame):
+                features, labels = frame["feature"].to_numpy(), frame["label"].to_numpy()
+                yield torch.from_numpy(features.copy()), torch.from_numpy(labels.astype(np.int64))
 
     def matrix(self, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         """All of ``batches(split)`` at once."""

@@ -20,7 +20,7 @@ from csm.encoders import FeatureTable
 from csm.errors import InputError
 from csm.planning import make_plan
 from csm.reannotation import Annotator, fit_calibration, held_out_shares
-from flows import fit_annotators
+from flows import features
 from flows.annotate import annotate_jobs, annotated
 from flows.artifacts import StageRecord, Workspace
 from flows.config import load_config
@@ -88,7 +88,7 @@ def fit(root: Path, encoded: list[tuple[str, int]], monkeypatch: pytest.MonkeyPa
                     raise pickle.loads(row["failure"])
                 encoded.extend((receipt["part"].removeprefix("encoders/"), shard) for receipt in row["receipts"])
 
-    monkeypatch.setattr(fit_annotators, "encode_shards", encode_shards)
+    monkeypatch.setattr(features, "encode_shards", encode_shards)
 
     def run(*overrides: str, record: StageRecord = RECORD) -> Context:
         config = load_config("demo", ["annotate.members=2", COMPARE, *overrides])

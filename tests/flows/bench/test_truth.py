@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 import yaml
@@ -86,7 +87,7 @@ def test_the_figures_are_those_of_the_files(benched):
     assert ratio["bayes_accuracy"] == pytest.approx((posterior.argmax(axis=1) == real["label"].to_numpy()).mean())
     plan = tables.read(folder / "plan.parquet", tables.PLAN)
     parts = [tables.read(part, tables.MIXED) for part in sorted((folder / "mixed").glob("part-*"))]
-    mixed = plan.join(parts[0].vstack(parts[1]) if len(parts) == 2 else parts[0], on="mix_id", maintain_order="left")
+    mixed = plan.join(pl.concat(parts), on="mix_id", maintain_order="left")
     truths = model.log_posterior(tables.to_images(mixed["image"], (2, 2, 1)).double() / 127.5 - 1).exp().numpy()
     labels = np.zeros_like(truths)
     row = np.arange(len(plan))
