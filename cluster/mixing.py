@@ -17,7 +17,8 @@ from cluster.resources import Pool
 from cluster.shards import Receipt, finished_shards, part_path, read_plan, write_part
 from csm import storage, tables
 from csm.generators import Generator, load_generator
-from csm.generators.acceleration import Precision, accelerate
+from csm.generators.acceleration import accelerate
+from csm.precision import Precision
 from csm.mixing import start_mixing
 from csm.sampling import SamplerConfig
 

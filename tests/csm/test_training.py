@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from csm import storage
 from csm.classifiers import Classifier, ClassifierSpec, build_classifier
 from csm.schedules import MixedSet
-from csm.training import Method, MixedTerm, OptimizerConfig, fit, predict
+from csm.methods import Method, MixedTerm
+from csm.optimization import OptimizerConfig
+from csm.training import fit, predict
 
 Split = tuple[torch.Tensor, torch.Tensor]
 Separable = Callable[..., Split]

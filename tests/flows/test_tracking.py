@@ -10,7 +10,8 @@ from mlflow.tracking import MlflowClient
 from cluster.training import RunEvent
 from csm import storage
 from csm.runs import RunSpec
-from csm.training import Method, OptimizerConfig
+from csm.methods import Method
+from csm.optimization import OptimizerConfig
 from flows import training
 from flows.tracking import BATCH, EXPERIMENT, PARAM_CHARACTERS, Tracker, flatten, store_uri
 
