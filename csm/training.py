@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from csm.augment import mixup, random_shift
+from csm.augment import random_shift
 from csm.classifiers import Classifier, in_batches
 from csm.losses import HARD, SOFT, build_loss
 from csm.metrics import evaluate
+from csm.pixel_mixing import Mixup
 from csm.schedules import MixedSet, Schedule
 
 OnEpoch = Callable[[int, dict[str, float]], None]
@@ -173,7 +174,7 @@ class _Step:
         target = F.one_hot(labels, self.n_classes).float()
         images = random_shift(images, self.optimizer.shift, draw)
         if self.method.mixup > 0:
-            images, target = mixup(images, target, self.method.mixup, draw)
+            images, target = Mixup(self.method.mixup).mix(images, target, draw)
         if not (self.method.mixed and self.mixed):
             return self.loss(self.classifier(images), target)
         rows = self.schedule.draw(labels, draw)
