@@ -18,8 +18,8 @@ from cluster.shards import Receipt, finished_shards, part_path, read_plan, write
 from csm import storage, tables
 from csm.generators import Generator, load_generator
 from csm.generators.acceleration import accelerate
-from csm.precision import Precision
 from csm.mixing import start_mixing
+from csm.precision import Precision
 from csm.sampling import SamplerConfig
 
 

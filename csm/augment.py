@@ -1,6 +1,5 @@
 """Augmentation of whole batches, on the device that holds them."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -25,30 +24,6 @@ def random_shift(images: torch.Tensor, pixels: int, generator: torch.Generator) 
     columns = offsets[1, :, None] + torch.arange(width, device=images.device)  # (N, W)
     batch = torch.arange(count, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def mixup(
-    images: torch.Tensor, target: torch.Tensor, alpha: float, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix each image with another of the batch, one ratio from Beta(alpha, alpha) for the batch (Zhang et al. 2018, eq. 1).
-
-    Args:
-        images: (N, C, H, W); converted to float.
-        target: class probabilities (N, K).
-        alpha: > 0; small values mix little.
-        generator: on the CPU.
-
-    Returns:
-        mixed images float32 (N, C, H, W) and mixed targets (N, K).
-    """
-    if alpha <= 0:
-        raise ValueError(f"alpha must be > 0, got {alpha}")
-    # torch draws a Beta only from its global generator; numpy draws one from a seed that comes out of ours.
-    seed = int(torch.randint(0, 2**31, (1,), generator=generator))
-    ratio = float(np.random.default_rng(seed).beta(alpha, alpha))
-    other = torch.randperm(len(images), generator=generator).to(images.device)
-    pixels = images.float()
-    return ratio * pixels + (1 - ratio) * pixels[other], ratio * target + (1 - ratio) * target[other]
 
 
 def random_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -14,10 +14,10 @@ from csm import storage, tables
 from csm.classifiers import Classifier, ClassifierSpec, build_classifier
 from csm.datasets import RealDataset
 from csm.errors import InputError
-from csm.reannotation import Calibration, soft_labels
-from csm.schedules import MixedSet
 from csm.methods import Method
 from csm.optimization import OptimizerConfig
+from csm.reannotation import Calibration, soft_labels
+from csm.schedules import MixedSet
 from csm.training import OnEpoch, Stream, fit, predict
 from csm.world import ALONE, CPU, World, from_first, together
 

@@ -251,9 +251,7 @@ def _batches(
             yield to_device(images, device), to_device(labels, device)
 
 
-def _hold(
-    real: Split, mixed: MixedSet | None, optimizer: OptimizerConfig, device: torch.device
-) -> tuple[Split, MixedSet | None]:
+def _hold(real: Split, mixed: MixedSet | None, optimizer: OptimizerConfig, device: torch.device) -> tuple[Split, MixedSet | None]:
     """The images where they wait for their batches."""
     pixels = real[0].numel() + (0 if mixed is None else mixed.images.numel())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
@@ -323,4 +321,6 @@ def _restore(
         return state["epoch"], state["best"]
     except (KeyError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the saved state is of another network, optimiser or loss ({reason}): remove it to start from zero") from None
+        raise InputError(
+            f"the saved state is of another network, optimiser or loss ({reason}): remove it to start from zero"
+        ) from None

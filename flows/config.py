@@ -16,17 +16,17 @@ from cluster.resources import ResourcesConfig
 from csm.classifiers import NETWORKS
 from csm.datasets import DATASETS
 from csm.errors import InputError
-from csm.precision import Precision
 from csm.generators.conditioning import OPERATORS
 from csm.generators.config import GeneratorConfig
 from csm.losses import HARD, SOFT, build_loss
+from csm.methods import Method
+from csm.optimization import OptimizerConfig
 from csm.parameters import check_name, check_parameters, expected
 from csm.pixel_mixing import build_pixel_mixing
 from csm.planning import PlanConfig, ratio_grid
+from csm.precision import Precision
 from csm.sampling import SamplerConfig
 from csm.schedules import SCHEDULES
-from csm.methods import Method
-from csm.optimization import OptimizerConfig
 from flows.annotators import AnnotateConfig, check_annotators, check_asked
 
 STRICT = ConfigDict(extra="forbid")

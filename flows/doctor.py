@@ -19,8 +19,8 @@ from csm.generators import GENERATORS
 from csm.generators.conditioning import OPERATORS
 from csm.losses import HARD, SOFT
 from csm.metrics import METRICS
-from csm.reannotation import CALIBRATORS, HEADS
 from csm.pixel_mixing import PIXEL_MIXING
+from csm.reannotation import CALIBRATORS, HEADS
 from csm.schedules import SCHEDULES
 from flows.annotators import ENSEMBLE
 from flows.config import config_names, load_config

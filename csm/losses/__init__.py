@@ -1,22 +1,22 @@
-"""Losses by name. ``HARD`` are for real images, ``SOFT`` for mixed images; all are ``loss(logits (N, K), target (N, K))``."""
+"""Losses by name. ``HARD`` are for real images, ``SOFT`` for mixed images; built, all are ``loss(logits (N, K), target (N, K))``."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from csm.errors import InputError
 from csm.losses.hard import cross_entropy, focal, label_smoothing
+from csm.losses.loss import FunctionLoss, Loss
 from csm.losses.soft import kl, l1, l2, soft_cross_entropy
 from csm.parameters import check_parameters
 
-HARD: dict[str, Callable[..., torch.Tensor]] = {
+HARD: dict[str, Callable[..., torch.Tensor] | type[Loss]] = {
     "cross-entropy": cross_entropy,
     "label-smoothing": label_smoothing,
     "focal": focal,
 }
-SOFT: dict[str, Callable[..., torch.Tensor]] = {
+SOFT: dict[str, Callable[..., torch.Tensor] | type[Loss]] = {
     "cross-entropy": soft_cross_entropy,
     "kl": kl,
     "l1": l1,
@@ -25,12 +25,15 @@ SOFT: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def build_loss(
-    registry: dict[str, Callable[..., torch.Tensor]], name: str, parameters: dict[str, Any], where: str
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    registry: Mapping[str, Callable[..., torch.Tensor] | type[Loss]], name: str, parameters: Mapping[str, Any], where: str
+) -> Loss:
     """Return ``registry[name]`` with its parameters bound; ``InputError`` (naming the key ``where``) if it cannot be."""
     if name not in registry:
         raise InputError(f"{where}: unknown loss {name!r}; one of {', '.join(registry)}")
-    return partial(registry[name], **check_parameters(registry[name], parameters, where))
+    entry = registry[name]
+    checked = check_parameters(entry, parameters, where)
+    loss: Loss = entry(**checked) if isinstance(entry, type) else FunctionLoss(entry, checked)
+    return loss
 
 
-__all__ = ["HARD", "SOFT", "build_loss"]
+__all__ = ["HARD", "SOFT", "Loss", "build_loss"]

@@ -15,11 +15,11 @@ from csm.classifiers import load_classifier
 from csm.datasets import RealDataset
 from csm.datasets.real import build
 from csm.errors import InputError
+from csm.methods import Method, MixedTerm
+from csm.optimization import OptimizerConfig
 from csm.planning import PlanConfig, make_plan
 from csm.reannotation import Calibration
 from csm.runs import MixedSource, RunSpec, fit_run, is_finished
-from csm.methods import Method, MixedTerm
-from csm.optimization import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(epochs=4, batch_size=8, learning_rate=0.05)
 CE = Method()

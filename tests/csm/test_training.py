@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from csm import storage
 from csm.classifiers import Classifier, ClassifierSpec, build_classifier
-from csm.schedules import MixedSet
 from csm.methods import Method, MixedTerm
 from csm.optimization import OptimizerConfig
+from csm.schedules import MixedSet
 from csm.training import fit, predict
 
 Split = tuple[torch.Tensor, torch.Tensor]
