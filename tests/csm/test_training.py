@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from csm import storage
 from csm.classifiers import Classifier, ClassifierSpec, build_classifier
-from csm.methods import Method, MixedTerm
+from csm.methods import Method, MixedTerm, PixelTerm
 from csm.optimization import OptimizerConfig
 from csm.schedules import MixedSet
 from csm.training import fit, predict
@@ -23,10 +23,13 @@ OPTIMIZER = OptimizerConfig(epochs=4, batch_size=8, learning_rate=0.05, shift=1)
 MIXED_TERM = MixedTerm(annotator="teacher", loss="kl", weight=2.0)
 METHODS = {
     "ce": Method(),
-    "mixup": Method(mixup=0.4),
+    "mixup": Method(mixing=PixelTerm("mixup", {"alpha": 0.4})),
     "csm": Method(mixed=MIXED_TERM),
     "csm with focal and mixup": Method(
-        loss="focal", parameters={"gamma": 2.0}, mixup=0.2, mixed=MixedTerm("teacher", schedule="uniform", per_real=1)
+        loss="focal",
+        parameters={"gamma": 2.0},
+        mixing=PixelTerm("mixup"),
+        mixed=MixedTerm("teacher", schedule="uniform", per_real=1),
     ),
 }
 
