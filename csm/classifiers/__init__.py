@@ -36,19 +36,26 @@ def build_classifier(spec: ClassifierSpec) -> Classifier:
     return Classifier(network, network.complete(spec) if isinstance(network, TransformersClassifier) else spec)
 
 
-def check_network(network: str, parameters: Mapping[str, Any], where: str = "train.parameters") -> None:
-    """``InputError`` if a network cannot be built with its checked ``parameters``, said before anything runs; no weights are made.
+def check_network(network: str, parameters: Mapping[str, Any], shape: tuple[int, int, int] | None = None) -> None:
+    """Look at what a configuration asks for, before hours of other work; no weights are made or read.
 
-    What is read from files or the hub is looked at too, so this takes seconds for such a network.
+    Args:
+        network: a key of ``NETWORKS``.
+        parameters: its settings, of the right types.
+        shape: (height, width, channels) of the images, if they are known.
+
+    Raises:
+        InputError: the network does not take such settings or such images, or the files that it is read from are not there.
     """
+    height, width, channels = shape or (64, 64, 3)
     try:
         if network == "transformers":
-            check_transformers(**parameters)
+            check_transformers(channels, **parameters)
         else:
             with torch.device("meta"):
-                NETWORKS[network](3, 2, **parameters)
+                NETWORKS[network](channels, 2, **parameters).eval()(torch.empty(1, channels, height, width))
     except InputError as error:
-        raise InputError(f"{where}.{error}") from None
+        raise InputError(f"train.network {network}: {error}") from None
 
 
 def load_classifier(directory: Path) -> Classifier:

@@ -39,9 +39,7 @@ class DenseNet(Convolutional):
         height, width = x.shape[2:]
         if min(height, width) < self.smallest:
             least = f"{self.smallest} x {self.smallest}"
-            raise InputError(
-                f"densenet121: images of {height} x {width} are too small; with this stem they have at least {least}"
-            )
+            raise InputError(f"images of {height} x {width} are too small; with this stem they have at least {least}")
         return super().features(x)
 
 

@@ -64,9 +64,7 @@ class TransformersClassifier(nn.Module):
             kind, full = _kind(config, n_classes, "model.json")
             self.side, self.model = size, kind(full)
         self.config = dict(config)
-        self.channels = getattr(full, "num_channels", 3)
-        if channels not in (1, self.channels):
-            raise InputError(f"{path}: the images have {channels} channels, the model takes {self.channels}")
+        self.channels = _check_channels(path, channels, full)
         if not isinstance(getattr(self.model, "classifier", None), nn.Module):
             raise InputError(f"{path}: {kind.__name__} has no one head called classifier, which is needed here")
         self.head = self.model.classifier
@@ -107,11 +105,12 @@ class TransformersClassifier(nn.Module):
         self.train()
 
 
-def check_transformers(path: str, pretrained: bool = True, size: int = 0) -> None:
-    """``InputError`` if there is no image classifier at ``path``; its weights are not loaded."""
+def check_transformers(channels: int, path: str, pretrained: bool = True, size: int = 0) -> None:
+    """``InputError`` if there is no image classifier at ``path`` that takes such images; its weights are not loaded."""
     folder = find_folder(path)
     _, full = _kind(_read_architecture(folder), 2, str(folder / "config.json"))
     _read_inputs(folder, full, pretrained)
+    _check_channels(path, channels, full)
 
 
 def _read_architecture(folder: Path) -> dict[str, Any]:
@@ -132,6 +131,14 @@ def _kind(config: Mapping[str, Any], n_classes: int, where: str) -> tuple[Any, A
     except Exception as error:  # many types, of every configuration's own checks
         raise InputError(f"{where} cannot be used ({type(error).__name__}: {_line(error)})") from None
     return (kinds[0] if isinstance(kinds, tuple) else kinds), full
+
+
+def _check_channels(path: str, images: int, config: Any) -> int:
+    """Channels that the model takes; ``InputError`` if the images have others and are not grey."""
+    channels: int = getattr(config, "num_channels", 3)
+    if images not in (1, channels):
+        raise InputError(f"{path}: the images have {images} channels, the model takes {channels}")
+    return channels
 
 
 def _read_inputs(folder: Path, config: Any, pretrained: bool) -> tuple[int, tuple[tuple[float, ...], tuple[float, ...]] | None]:

@@ -83,10 +83,21 @@ def test_it_is_traced_whole_by_torch_compile(name: str, seeded: Callable[..., An
 def test_what_cannot_be_built_is_said_before_anything_runs() -> None:
     for name in CONVOLUTIONAL:
         check_network(name, {})
-    with pytest.raises(InputError, match=r"^train.parameters.stem: unknown 'x'; one of cifar, tiny, imagenet$"):
+    with pytest.raises(InputError, match=r"^train.network resnet101: stem: unknown 'x'; one of cifar, tiny, imagenet$"):
         check_network("resnet101", {"stem": "x"})
-    with pytest.raises(InputError, match=r"^train.parameters.dropout: expected a number from 0 to below 1, got 2$"):
+    with pytest.raises(
+        InputError, match=r"^train.network wide-resnet-28-10: dropout: expected a number from 0 to below 1, got 2$"
+    ):
         check_network("wide-resnet-28-10", {"dropout": 2.0})
+
+
+def test_images_that_are_too_small_are_said_before_anything_runs() -> None:
+    for name in CONVOLUTIONAL:
+        check_network(name, {}, (8, 8, 1))
+    for name in set(CONVOLUTIONAL) - {"densenet121", "small-cnn"}:
+        check_network(name, {"stem": "imagenet"}, (1, 1, 1))
+    with pytest.raises(InputError, match=r"^train.network densenet121: images of 7 x 8 are too small"):
+        check_network("densenet121", {}, (7, 8, 3))
 
 
 def test_a_seed_gives_the_weights(seeded: Callable[..., Any]) -> None:

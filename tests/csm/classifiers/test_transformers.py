@@ -268,8 +268,10 @@ def test_a_configuration_that_names_code_runs_none(
 def test_files_are_checked_without_loading_the_model(vit: Path) -> None:
     (vit / "model.safetensors").unlink()
     check_network("transformers", {"path": str(vit)})
-    with pytest.raises(InputError, match=r"^train.parameters.path: folder 'nowhere' does not exist"):
+    with pytest.raises(InputError, match=r"^train.network transformers: path: folder 'nowhere' does not exist"):
         check_network("transformers", {"path": "nowhere"})
+    with pytest.raises(InputError, match=r"the images have 4 channels, the model takes 3$"):
+        check_network("transformers", {"path": str(vit)}, (8, 8, 4))
     refused("model.safetensors does not exist", vit)
 
 
