@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import nn
 
 from csm.classifiers.classifier import ClassifierSpec
@@ -23,12 +24,15 @@ UNKNOWN_STEPS = (
     "rescale_offset",
 )  # that an image processor may take, and that are not taken here
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, of pixels in 0..1
+
 
 class TransformersClassifier(nn.Module):
     """A model with ``AutoModelForImageClassification``'s head for K classes.
 
-    Images are resized on their device to the square that the model takes (bicubic, antialiased, nothing is cropped); grey ones become
-    RGB. The head is kept if the model has one for K classes already, else drawn anew as transformers draws it.
+    Images are normalised with the mean and std that the model was trained with (``complete``), resized on their device to the square that
+    it takes (bicubic, antialiased, nothing is cropped), and made RGB if they are grey. The head is kept if the model has one for K
+    classes already, else drawn anew as transformers draws it.
 
     Args:
         channels: of the image: those of the model, or 1.
@@ -42,17 +46,20 @@ class TransformersClassifier(nn.Module):
         InputError: there is no such model, it is no image classifier, or it does not take these images.
     """
 
+    scale: torch.Tensor
+    shift: torch.Tensor
+
     def __init__(
         self,
         channels: int,
         n_classes: int,
         path: str,
         pretrained: bool = True,
-        size: int = 0,
+        size: Annotated[int, Field(ge=0)] = 0,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+        self.statistics: Statistics | None = None
         if config is None:
             folder = find_folder(path)
             config = _read_architecture(folder)
@@ -65,6 +72,10 @@ class TransformersClassifier(nn.Module):
             self.side, self.model = size, kind(full)
         self.config = dict(config)
         self.channels = _check_channels(path, channels, full)
+        self.register_buffer("scale", torch.ones(1, self.channels, 1, 1))
+        self.register_buffer("shift", torch.zeros(1, self.channels, 1, 1))
+        if self.statistics and channels != self.channels:
+            self._take_grey(self.statistics)
         if not isinstance(getattr(self.model, "classifier", None), nn.Module):
             raise InputError(f"{path}: {kind.__name__} has no one head called classifier, which is needed here")
         self.head = self.model.classifier
@@ -75,7 +86,7 @@ class TransformersClassifier(nn.Module):
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """What the head sees (N, F), of normalised images (N, C, H, W)."""
-        x = x.expand(-1, self.channels, -1, -1)
+        x = x * self.scale + self.shift
         if x.shape[2:] != (self.side, self.side):
             x = F.interpolate(x, size=(self.side, self.side), mode="bicubic", antialias=True)
         features: torch.Tensor = self.model(pixel_values=x).logits.flatten(1)
@@ -90,6 +101,13 @@ class TransformersClassifier(nn.Module):
         """``spec`` with which the network is built again without its files, and with the statistics that the model was trained with."""
         mean, std = self.statistics or (spec.mean, spec.std)
         return replace(spec, parameters={**spec.parameters, "size": self.side, "config": self.config}, mean=mean, std=std)
+
+    def _take_grey(self, colour: Statistics) -> None:
+        """Grey images have one mean and one std: what else their copies in the model's channels need is ``scale`` and ``shift``."""
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in colour)
+        self.scale = std.mean() / std
+        self.shift = (mean.mean() - mean) / std
+        self.statistics = (float(mean.mean()),), (float(std.mean()),)
 
     @torch.no_grad()
     def _try(self, name: str, n_classes: int) -> None:
@@ -141,7 +159,7 @@ def _check_channels(path: str, images: int, config: Any) -> int:
     return channels
 
 
-def _read_inputs(folder: Path, config: Any, pretrained: bool) -> tuple[int, tuple[tuple[float, ...], tuple[float, ...]] | None]:
+def _read_inputs(folder: Path, config: Any, pretrained: bool) -> tuple[int, Statistics | None]:
     """(height and width, (mean, std) of pixels in 0..1) of the images that the model was trained with; see ``PreTrainedImageProcessor``.
 
     A model that is only an architecture may have no ``preprocessor_config.json``: then the statistics are the data's.

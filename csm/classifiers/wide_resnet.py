@@ -1,11 +1,13 @@
 """Wide residual networks (Zagoruyko & Komodakis 2016)."""
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import nn
 
 from csm.classifiers.convolutional import Convolutional, activated, stem_layers
 from csm.classifiers.resnet import ResNet
-from csm.errors import InputError
 
 
 class WideResNet(Convolutional):
@@ -22,12 +24,10 @@ class WideResNet(Convolutional):
         dropout: probability between the two convolutions of a block (section 2.4; theirs is 0.3 where they use it).
 
     Raises:
-        InputError: there is no such stem, or ``dropout`` is no probability below 1.
+        InputError: there is no such stem.
     """
 
     def __init__(self, channels: int, n_classes: int, depth: int, factor: int, stem: str, dropout: float) -> None:
-        if not 0 <= dropout < 1:
-            raise InputError(f"dropout: expected a number from 0 to below 1, got {dropout:g}")
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth must be 6 n + 4 with n > 0, got {depth}")
@@ -62,7 +62,9 @@ class Block(nn.Module):
         return residual + (x if self.shortcut is None else self.shortcut(active))
 
 
-def wide_resnet_28_10(channels: int, n_classes: int, stem: str = "cifar", dropout: float = 0.0) -> WideResNet:
+def wide_resnet_28_10(
+    channels: int, n_classes: int, stem: str = "cifar", dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+) -> WideResNet:
     """WRN-28-10; the arguments are those of ``WideResNet``."""
     return WideResNet(channels, n_classes, 28, 10, stem, dropout)
 

@@ -85,10 +85,6 @@ def test_what_cannot_be_built_is_said_before_anything_runs() -> None:
         check_network(name, {})
     with pytest.raises(InputError, match=r"^train.network resnet101: stem: unknown 'x'; one of cifar, tiny, imagenet$"):
         check_network("resnet101", {"stem": "x"})
-    with pytest.raises(
-        InputError, match=r"^train.network wide-resnet-28-10: dropout: expected a number from 0 to below 1, got 2$"
-    ):
-        check_network("wide-resnet-28-10", {"dropout": 2.0})
 
 
 def test_images_that_are_too_small_are_said_before_anything_runs() -> None:

@@ -180,6 +180,8 @@ def test_an_architecture_alone_needs_no_weights_and_no_preprocessor(vit: Path, b
 def test_grey_is_shown_as_rgb(saved: Path, tmp_path: Path, build: Callable[..., Classifier]) -> None:
     classifier, grey = build(saved / "vit", 7, 1), images(1)
     assert torch.allclose(classifier(grey), build(saved / "vit", 7)(grey.expand(-1, 3, -1, -1)), atol=1e-5)
+    assert len(classifier.spec.mean) == len(classifier.spec.std) == 1
+    assert len(classifier.spec.mean) == len(classifier.spec.std) == 1
     classifier.save(tmp_path)
     assert torch.equal(load_classifier(tmp_path)(grey), classifier(grey))
     refused("the images have 2 channels, the model takes 3", saved / "vit", 5, 2)

@@ -8,6 +8,7 @@ from torch import nn
 
 from csm.classifiers.wide_resnet import WideResNet, wide_resnet_26_10, wide_resnet_28_10
 from csm.errors import InputError
+from csm.parameters import check_parameters
 
 
 def test_as_many_parameters_as_published(count: Callable[..., int]) -> None:
@@ -70,10 +71,10 @@ def test_dropout_acts_in_training_only(seeded: Callable[..., Any]) -> None:
     assert not torch.equal(plain.train()(x), seeded(dropping.train(), x))
 
 
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
-def test_dropout_is_a_probability(dropout: float) -> None:
-    with pytest.raises(InputError, match=f"dropout: expected a number from 0 to below 1, got {dropout:g}"):
-        wide_resnet_28_10(3, 10, dropout=dropout)
+@pytest.mark.parametrize(("dropout", "message"), [(-0.1, "greater than or equal to 0"), (1.0, "less than 1")])
+def test_dropout_is_a_probability(dropout: float, message: str) -> None:
+    with pytest.raises(InputError, match=f"p.dropout: expected a number {message}, got {dropout}"):
+        check_parameters(wide_resnet_28_10, {"dropout": dropout}, "p", ("channels", "n_classes"))
 
 
 @pytest.mark.parametrize("depth", [26, 4, 0])
