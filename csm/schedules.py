@@ -81,8 +81,8 @@ class Schedule:
         self._sizes = torch.tensor([len(sets) for sets in holds])
         self._inner = ((mixed.ratios > 0) & (mixed.ratios < 1)).nonzero().flatten()  # steps that are mixtures of both classes
         self._sets = torch.nn.utils.rnn.pad_sequence(holds, batch_first=True)  # (K, most sets of a class)
-        entropy = torch.special.entr(mixed.labels.double()).sum(dim=1).cpu()
-        self._ambiguity = entropy.cumsum(dim=0)  # (M,)
+        if rule == "ambiguity":
+            self._ambiguity = torch.special.entr(mixed.labels).sum(dim=1).double().cumsum(dim=0).cpu()  # (M,)
 
     def draw(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return self._rule(self, labels, generator)

@@ -6,21 +6,35 @@ from typing import Any
 import torch
 
 from csm.errors import InputError
-from csm.losses.hard import cross_entropy, focal, label_smoothing
+from csm.losses.calibration import mdca, mmce
+from csm.losses.focal import AdaFocal, dual_focal, flsd_53, focal
+from csm.losses.hard import brier, cross_entropy, entropy_penalty, label_smoothing
 from csm.losses.loss import FunctionLoss, Loss
-from csm.losses.soft import kl, l1, l2, soft_cross_entropy
+from csm.losses.margins import acls, cpc, mbls
+from csm.losses.soft import kl, l1, l2
 from csm.parameters import check_parameters
 
 HARD: dict[str, Callable[..., torch.Tensor] | type[Loss]] = {
     "cross-entropy": cross_entropy,
     "label-smoothing": label_smoothing,
     "focal": focal,
+    "flsd-53": flsd_53,
+    "adafocal": AdaFocal,
+    "dual-focal": dual_focal,
+    "brier": brier,
+    "mmce": mmce,
+    "mdca": mdca,
+    "mbls": mbls,
+    "cpc": cpc,
+    "entropy-penalty": entropy_penalty,
+    "acls": acls,
 }
 SOFT: dict[str, Callable[..., torch.Tensor] | type[Loss]] = {
-    "cross-entropy": soft_cross_entropy,
+    "cross-entropy": cross_entropy,
     "kl": kl,
     "l1": l1,
     "l2": l2,
+    "brier": brier,
 }
 
 

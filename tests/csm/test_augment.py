@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from csm.augment import random_shift
+from csm.augment import cutout, random_flip, random_shift
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -60,3 +60,33 @@ def test_shift_depends_on_the_generator_alone() -> None:
     torch.manual_seed(2)
     assert torch.equal(random_shift(images, 2, draw(3)), first)
     assert not torch.equal(random_shift(images, 2, draw(4)), first)
+
+
+def test_a_flip_mirrors_about_half() -> None:
+    images = torch.arange(200 * 6, dtype=torch.int32).view(200, 1, 2, 3)
+    flipped = random_flip(images, torch.Generator().manual_seed(0))
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(dim=1)
+    same = (flipped == images).flatten(1).all(dim=1)
+    assert bool((mirrored ^ same).all())
+    assert 70 < int(mirrored.sum()) < 130
+    assert torch.equal(flipped, random_flip(images, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("side", [1, 2, 5])
+def test_cutout_covers_a_square_that_may_hang_over_the_edge(side: int) -> None:
+    images = torch.full((300, 2, 6, 7), 200, dtype=torch.uint8)
+    fill = torch.tensor([3, 4], dtype=torch.uint8).view(1, 2, 1, 1)
+    covered = cutout(images, side, fill, torch.Generator().manual_seed(0))
+    hole = covered[:, 0] == 3  # (N, H, W)
+    assert torch.equal(hole, covered[:, 1] == 4)
+    assert bool(((covered[:, 0] == 200) | hole).all())
+    rows, columns = hole.any(dim=2).sum(dim=1), hole.any(dim=1).sum(dim=1)
+    assert torch.equal(rows * columns, hole.sum(dim=(1, 2)))  # a rectangle
+    assert int(rows.max()) == int(columns.max()) == side
+    assert int(rows.min()) >= 1
+    assert side == 1 or int(rows.min()) < side
+
+
+def test_cutout_of_nothing_covers_nothing() -> None:
+    images = torch.full((3, 1, 4, 4), 200, dtype=torch.uint8)
+    assert cutout(images, 0, torch.zeros(1, 1, 1, 1, dtype=torch.uint8), torch.Generator()) is images
