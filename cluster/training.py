@@ -13,6 +13,7 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Empty, Queue
 
 from cluster.resources import Group, group_size
+from cluster.streaming import open_stream
 from csm.errors import InputError
 from csm.runs import RunSpec, fit_run, is_finished
 from csm.world import ALONE, World
@@ -182,7 +183,7 @@ def _try_run(spec: RunSpec, device: torch.device, world: World, events: Queue) -
         events.put((spec.run, "epoch", epoch, values, ""))
 
     try:
-        fit_run(spec, on_epoch, device, world)
+        fit_run(spec, on_epoch, device, world, open_stream)
     except (InputError, FloatingPointError) as error:
         return error
     except (ValueError, RuntimeError, OSError) as error:
