@@ -23,12 +23,13 @@ from csm.world import ALONE, World
 pytestmark = pytest.mark.slow
 
 PLAIN = OptimizerConfig(epochs=3, batch_size=8, learning_rate=0.05, shift=1, flip=True, cutout=2)
+CE = Method()
 MIXED = MixedTerm("teacher", loss="kl", weight=2.0, ramp="linear-up", warm_start=1)
 
 
 @dataclass(frozen=True)
 class Case:
-    method: Method = Method()
+    method: Method = CE
     optimizer: OptimizerConfig = PLAIN
     rows: int = 48
     streamed: bool = False
@@ -62,7 +63,7 @@ EQUAL = [name for name in CASES if name not in ("bfloat16", "dropout", "resumed"
 
 
 class Pages:
-    """A stream of the images in order; two processes take turns."""
+    """A stream of the images in order; two processes take turns, so that together they have the batches of one."""
 
     def __init__(self, real: Split, world: World) -> None:
         self.real, self.world, self.rows = real, world, len(real[0])
