@@ -1,6 +1,8 @@
 """The oracle: a run trained by two workers equals a direct `csm.runs.fit_run` up to rounding, for a network without BatchNorm."""
 
 import json
+import os
+import signal
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +80,7 @@ def shared(data, tmp_path_factory, ray_session, one_thread):
         run(data, root, "wild", optimizer=replace(OPTIMIZER, learning_rate=1e30, clip=0.0)),
         vit(data, root, "resumed"),
         run(data, root, "streamed", optimizer=replace(OPTIMIZER, hold="stream")),
-        run(data, root, "nowhere", data=root),
+        run(root, root, "nowhere"),
         run(data, root, "norm"),
     ]
     storage.write_state(root / "resumed" / "state.pt", states_of(specs[2])[1])
@@ -108,7 +110,7 @@ def states_of(spec: RunSpec) -> list[dict]:
 
 def logits(directory: Path) -> torch.Tensor:
     frame = tables.read(directory / "predictions.parquet", tables.predictions(2))
-    return torch.from_numpy(frame.sort("image_id")["logits"].to_numpy())
+    return torch.tensor(frame.sort("image_id")["logits"].to_numpy())
 
 
 def events_of(shared: Shared, name: str) -> list[tuple[str, int]]:
@@ -175,3 +177,25 @@ def test_workers_of_one_run_do_not_share_a_gpu(data, tmp_path, monkeypatch):
     monkeypatch.setattr("cluster.training.ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
     with pytest.raises(InputError, match=r"resources\.train\.gpus: expected 0 or at least 1 for each of 2 workers, got 0\.5"):
         fit_many([run(data, tmp_path, "any")], Group(gpus=0.5), tmp_path, "test", pytest.fail, together=2)
+
+
+@pytest.mark.slow
+def test_a_lost_worker_starts_its_group_again(data, tmp_path, ray_head, processes):
+    """One of two workers is killed in the third epoch, before there is a state: the run starts anew and comes to its end."""
+    raylet = ray_head.all_processes["raylet"][0].process.pid
+    spec = run(data, tmp_path, "lost", optimizer=replace(OPTIMIZER, epochs=40))
+    told, killed = [], []
+
+    def on_event(event):
+        told.append((event.kind, event.epoch))
+        if event.epoch == 3 and not killed:
+            workers = [pid for pid in processes.descendants(raylet) if "RayTrainWorker" in processes.name(pid)]
+            assert len(workers) == 2
+            killed.append(max(workers))
+            os.kill(killed[0], signal.SIGKILL)
+
+    fit_many([spec], Group(cpus=0.5), tmp_path / "ray", "lost", on_event, together=2)
+    assert is_finished(spec)
+    again = told.index(("epoch", 1), 1)
+    assert told[:again] == [("epoch", epoch) for epoch in range(1, again + 1)]
+    assert told[again:] == [*(("epoch", epoch) for epoch in range(1, 41)), ("done", 0)]

@@ -328,3 +328,19 @@ def test_the_state_of_another_training_is_refused(broken: str, real: Split, val:
 def test_a_batch_that_cannot_be_shared_is_refused(real: Split, val: Split) -> None:
     with pytest.raises(InputError, match="8 images cannot be shared evenly by 3 workers"):
         fit(classifier(), real, val, Method(), OPTIMIZER, 0, world=World(0, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hold", ["device", "host"])
+@pytest.mark.parametrize("name", METHODS)
+def test_on_a_gpu_a_training_is_that_of_the_cpu_up_to_rounding(
+    name: str, hold: Any, real: Split, val: Split, mixed: MixedSet
+) -> None:
+    method = METHODS[name]
+    optimizer = replace(OPTIMIZER, epochs=2, precision="float32", channels_last=True, hold=hold)
+    logits = []
+    for device in ("cpu", "cuda"):
+        model = fit(classifier(), real, val, method, optimizer, 5, mixed if method.mixed else None, device=torch.device(device))
+        assert model.mean.device.type == device
+        logits.append(predict(model, val[0]))
+    assert torch.allclose(*logits, atol=2e-2)
