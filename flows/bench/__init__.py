@@ -135,3 +135,18 @@ def _annotate(images: int, encoder: str, as_json: bool, debug: bool) -> None:
     from flows.bench.annotate import annotation_speed
 
     show_result(annotation_speed(images, encoder), as_json)
+
+
+@bench.command(
+    "train",
+    short_help="Speed of training a classifier.",
+    help="Training on real and mixed images against the original's way of working, with the same network: images per second.",
+)
+@click.option("--network", default="", help="Default: resnet18 on a CPU, resnet50 on a GPU.")
+@click.option("--steps", type=click.IntRange(min=0), default=0, help="That are timed; default: 5 on a CPU, 100 on a GPU.")
+@click.option("--variants", is_flag=True, help="Measure every precision and memory layout, and torch.compile, too.")
+@with_options(OUTPUT_OPTIONS)
+def _train(network: str, steps: int, variants: bool, as_json: bool, debug: bool) -> None:
+    from flows.bench.train import training_speed
+
+    show_result(training_speed(steps, network, variants), as_json)
