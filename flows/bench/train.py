@@ -36,7 +36,7 @@ MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 NETWORK = {"cpu": "resnet18", "cuda": "resnet50"}
 STEPS = {"cpu": 5, "cuda": 100}
 LOADERS = 2
-WARM = 3  # steps of the baseline before those that are timed
+WARM = {"cpu": 1, "cuda": 20}  # steps of the baseline before those that are timed
 METHOD = Method(mixed=MixedTerm())  # cross-entropy, and L2 on the mixed images
 OPTIMIZER = OptimizerConfig(epochs=2, batch_size=128, schedule="constant", shift=4, flip=True)
 
@@ -80,7 +80,7 @@ def training_speed(steps: int = 0, network: str = "", variants: bool = False) ->
     batch = OPTIMIZER.batch_size * (1 + PER_REAL)
     with tempfile.TemporaryDirectory(prefix="csm-bench-") as folder:
         root = Path(folder)
-        _write_png(root, (WARM + steps) * OPTIMIZER.batch_size)
+        _write_png(root, (WARM[device] + steps) * OPTIMIZER.batch_size)
         say(f"baseline: {network}, float32, PNG files, {LOADERS} loaders; {steps} steps of {batch} images")
         original = _in_a_process(_original, root, network, steps)
     own = DEFAULT[device]
@@ -142,8 +142,9 @@ def _original(root: Path, network: str, steps: int) -> dict[str, Any]:
     loader = DataLoader(_Files(root), OPTIMIZER.batch_size, shuffle=True, num_workers=LOADERS, drop_last=True)
     waits, started = 0.0, 0.0
     batches = iter(loader)
-    for step in range(WARM + steps):
-        if step == WARM:
+    warm = WARM[device.type]
+    for step in range(warm + steps):
+        if step == warm:
             waits, started = 0.0, _now()
         before = _now()
         images, labels, mixed, soft = (tensor.to(device) for tensor in next(batches))
