@@ -50,7 +50,7 @@ def cpc(
     E has the scale of the implementations that circulate (the authors published none), without their constant terms i = j: half the mean
     cross-entropy to 1/2 over pairs. Both are linear in the target: E weighs s_ij by 1 - t_i - t_j. Memory N K^2.
     """
-    z = widen(logits)
+    z, target = widen(logits), widen(target)
     classes = z.shape[1]
     cost = -F.logsigmoid(z[:, :, None] - z[:, None, :])  # (N, K, K)
     weight = discrimination / (classes - 1) * target[:, :, None].expand_as(cost)
