@@ -108,7 +108,7 @@ def _log_summary(context: Context, metrics: pl.DataFrame, bins: int) -> None:
 STAGE = Stage(
     name="evaluate",
     unit="values",
-    code_version=1,
+    code_version=2,
     inputs=("prepare", "train"),
     settings=lambda config: {"evaluate": asdict(config.evaluate)},
     outputs=lambda workspace, config: [workspace.metrics],

@@ -21,6 +21,7 @@ import yaml
 
 from csm import storage, tables
 from csm.generators import load_generator
+from csm.metrics import METRICS
 from csm.mixing import mix
 from csm.sampling import SamplerConfig
 
@@ -55,8 +56,7 @@ def test_the_json_line_keeps_its_contract(finished: Any) -> None:
 def test_metrics_hold_every_method_seed_and_metric_at_both_temperatures(finished: Any) -> None:
     metrics = pl.read_parquet(finished.result["metrics"]).filter(pl.col("split").cast(pl.String) == "test")
     keys = set(metrics.select("method", "seed", "fitted", "metric").iter_rows())
-    names = ["accuracy", "ece", "aece", "nll", "brier"]
-    assert keys == {(m, 0, f, n) for m in ("cross-entropy", "csm") for f in (False, True) for n in names}
+    assert keys == {(m, 0, f, n) for m in ("cross-entropy", "csm") for f in (False, True) for n in METRICS}
     assert len(metrics) == len(keys)
     assert (metrics.filter(~pl.col("fitted"))["temperature"] == 1.0).all()
     assert metrics.filter("fitted").group_by("run").agg(pl.col("temperature").n_unique())["temperature"].to_list() == [1, 1]
