@@ -86,11 +86,11 @@ def brier(probs: Tensor, labels: Tensor) -> Tensor:
     """
     check_probs(probs, labels)
     rows = block_rows(probs)
-    per_sample = []
-    for p, y in zip(probs.split(rows), labels.long().split(rows), strict=True):
+    per_sample = torch.empty(len(probs), dtype=torch.float64, device=probs.device)
+    for p, y, part in zip(probs.split(rows), labels.long().split(rows), per_sample.split(rows), strict=True):
         target = torch.zeros_like(p, dtype=torch.float64).scatter_(1, y[:, None], 1.0)
-        per_sample.append((p.double() - target).square().sum(dim=1))
-    return torch.cat(per_sample).mean()
+        part.copy_((p.double() - target).square().sum(dim=1))
+    return per_sample.mean()
 
 
 def block_rows(scores: Tensor) -> int:
