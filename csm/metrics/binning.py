@@ -43,8 +43,7 @@ def bin_samples(confidence: Tensor, outcome: Tensor, n_bins: int = 15, scheme: S
         ValueError: n_bins or scheme is none of these; shapes differ; N is 0; a value is nan or outside
             [0, 1].
     """
-    if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins < 1:
-        raise ValueError(f"n_bins must be an int > 0, got {n_bins!r}")
+    check_n_bins(n_bins)
     confidence, outcome = check_samples(confidence, outcome)
     if scheme == "equal-width":
         index = bin_indices(confidence, n_bins)
@@ -62,6 +61,12 @@ def bin_samples(confidence: Tensor, outcome: Tensor, n_bins: int = 15, scheme: S
         zeros.scatter_add(-1, index, confidence) / divisor,
         zeros.scatter_add(-1, index, outcome) / divisor,
     )
+
+
+def check_n_bins(n_bins: int) -> None:
+    """Raise ValueError unless n_bins is an int > 0."""
+    if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins < 1:
+        raise ValueError(f"n_bins must be an int > 0, got {n_bins!r}")
 
 
 def check_samples(confidence: Tensor, outcome: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ and a fraction in [0, 1] (not percent). ValueError: an argument is out of range 
 import torch
 from torch import Tensor
 
-from csm.metrics.binning import Bins, bin_samples
+from csm.metrics.binning import Bins, bin_samples, check_n_bins
 from csm.metrics.scores import BLOCK, check_probs
 
 
@@ -124,13 +124,17 @@ def class_bins(probs: Tensor, labels: Tensor, n_bins: int) -> Bins:
 
     Args as for :func:`classwise_ece`. Some classes are binned at a time, so that memory does not grow with K.
     """
+    check_n_bins(n_bins)
     check_probs(probs, labels)
     n, k = probs.shape
-    parts = []
+    fields = torch.empty(3, k, n_bins, dtype=torch.float64, device=probs.device)
     for classes in torch.arange(k, device=labels.device).split(max(1, BLOCK // n)):
-        of_class = probs[:, classes[0] : classes[-1] + 1].T.double().clamp(max=1)  # (classes, N)
-        parts.append(bin_samples(of_class, labels == classes[:, None], n_bins, "equal-width"))
-    return Bins(*(torch.cat([getattr(part, field) for part in parts]) for field in ("count", "confidence", "outcome")))
+        block = slice(int(classes[0]), int(classes[-1]) + 1)
+        of_class = probs[:, block].T.contiguous().double().clamp(max=1)  # (classes, N)
+        bins = bin_samples(of_class, labels == classes[:, None], n_bins, "equal-width")
+        # Not a list of bins: small tensors that stay between large ones that go would hold the memory of all blocks.
+        fields[:, block] = torch.stack([bins.count, bins.confidence, bins.outcome])
+    return Bins(*fields)
 
 
 def mean_gap(bins: Bins) -> Tensor:
