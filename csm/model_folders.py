@@ -81,7 +81,9 @@ def read_config(path: Path, classes: Sequence[str] = ()) -> dict[str, Any]:
     return value
 
 
-def read_model(kind: Any, folder: Path, weights: str = "diffusion_pytorch_model") -> Any:
+def read_model(
+    kind: Any, folder: Path, weights: str = "diffusion_pytorch_model", new: Collection[str] = (), **options: Any
+) -> Any:
     """The model saved in ``folder``, float32, on the CPU, in evaluation mode and without gradients.
 
     Args:
@@ -89,6 +91,9 @@ def read_model(kind: Any, folder: Path, weights: str = "diffusion_pytorch_model"
         folder: with ``config.json`` and ``{weights}.safetensors``, or shards and their ``{weights}.safetensors.index.json``, or a pickle
             (``.bin``) of tensors alone, read as such (``weights_only``).
         weights: "diffusion_pytorch_model" for diffusers, "model" for transformers.
+        new: parts of the model, by a name on the way to their weights, that need not be in the files: what lacks or has another shape is
+            drawn anew, what the model does not have is left out.
+        options: of ``from_pretrained``.
 
     Raises:
         InputError: a file is missing or damaged, a pickle holds more than tensors, or weights and configuration do not fit each other.
@@ -97,7 +102,7 @@ def read_model(kind: Any, folder: Path, weights: str = "diffusion_pytorch_model"
     with _safe(folder, weights) as safe:
         for file in _weight_files(safe, weights):
             _check_whole(file)
-        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+        options |= {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
         if weights == "model":
             # Other shapes are told below: the error of transformers points to a table that it prints.
             options |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
@@ -110,14 +115,19 @@ def read_model(kind: Any, folder: Path, weights: str = "diffusion_pytorch_model"
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"{folder} cannot be loaded as {kind.__name__} ({type(error).__name__}: {reason})") from None
-    if report["missing_keys"]:  # both libraries would go on with random numbers
-        missing = sorted(report["missing_keys"])
+
+    def must_fit(name: str) -> bool:
+        return set(name.split(".")).isdisjoint(new)
+
+    missing = sorted(filter(must_fit, report["missing_keys"]))
+    if missing:  # both libraries would go on with random numbers
         raise InputError(f"{folder}: {len(missing)} of the weights of {kind.__name__} are missing, for example {missing[0]}")
-    if weights == "model" and report["mismatched_keys"]:
-        name, found, wanted = sorted(report["mismatched_keys"])[0]
+    mismatched = sorted(entry for entry in report["mismatched_keys"] if must_fit(entry[0])) if weights == "model" else []
+    if mismatched:
+        name, found, wanted = mismatched[0]
         raise InputError(f"{folder}: {name} is {tuple(found)}; by config.json it is {tuple(wanted)}")
     # Old files of text encoders also hold the numbers of their positions, which are no weights.
-    unexpected = sorted(name for name in report["unexpected_keys"] if not name.endswith("position_ids"))
+    unexpected = sorted(name for name in filter(must_fit, report["unexpected_keys"]) if not name.endswith("position_ids"))
     if unexpected:  # those of a larger model than the configuration's would be left out
         raise InputError(f"{folder}: {len(unexpected)} of the weights are not of {kind.__name__}, for example {unexpected[0]}")
     return model.eval().requires_grad_(False)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, Field
@@ -13,6 +12,7 @@ from csm.encoders import ENCODERS
 from csm.errors import InputError
 from csm.parameters import check_name, check_parameters
 from csm.reannotation import CALIBRATORS, HEADS
+from flows.folders import folder_files
 
 AUTO, ENSEMBLE = "auto", "ensemble"
 RESERVED = (AUTO, "none", "mixed", "members", "encoders")  # they mean something else, some of them as folders
@@ -131,14 +131,8 @@ def check_asked(config: AnnotateConfig, where: str, name: str) -> None:
 
 
 def encoder_files(encoder: EncoderConfig) -> list[tuple[str, str, int]]:
-    """(setting, relative name, bytes) of every file in the folders that the settings of ``encoder`` name."""
-    folders = {key: Path(value) for key, value in encoder.parameters.items() if isinstance(value, str) and Path(value).is_dir()}
-    return sorted(
-        (key, file.relative_to(folder).as_posix(), file.stat().st_size)
-        for key, folder in folders.items()
-        for file in folder.rglob("*")
-        if file.is_file()
-    )
+    """``folder_files`` of its settings."""
+    return folder_files(encoder.parameters)
 
 
 def _check_encoder(where: str, name: str, encoder: EncoderConfig) -> EncoderConfig:

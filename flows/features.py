@@ -17,6 +17,7 @@ from flows.annotators import AUTO, encoder_files
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.fit_teacher import members
+from flows.folders import absolute_folders
 from flows.mix import process, remove_other_parts
 from flows.stages import Context
 
@@ -34,11 +35,7 @@ def encoder_spec(workspace: Workspace, config: Config, name: str) -> EncoderSpec
     folders = (workspace.encoder(name), workspace.generator, workspace.truth)
     fitted, generator, truth = (folder.absolute() for folder in folders)
     sources = Sources(fitted, members(workspace, config), generator, truth)
-    parameters = {
-        key: str(Path(value).absolute()) if isinstance(value, str) and Path(value).is_dir() else value
-        for key, value in encoder.parameters.items()
-    }
-    return EncoderSpec(name, encoder.kind, sources, parameters)
+    return EncoderSpec(name, encoder.kind, sources, absolute_folders(encoder.parameters))
 
 
 def device(config: Config) -> str:

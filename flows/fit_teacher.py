@@ -10,6 +10,8 @@ from csm.methods import Method
 from csm.runs import RunSpec
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
+from flows.folders import absolute_folders
+from flows.networks import check_train, network_settings
 from flows.stages import Context, Made, Stage
 from flows.training import fit_runs
 
@@ -32,7 +34,7 @@ def _member(context: Context, number: int) -> RunSpec:
     """One classifier of the teacher, trained as the comparison's cross-entropy is, with a seed of its own."""
     workspace, train = context.workspace, context.config.train
     data = RealDataset.load_info(workspace.root)
-    settings = [data.digest, train.network, train.parameters, asdict(train.optimizer), number]
+    settings = [data.digest, train.network, network_settings(train), asdict(train.optimizer), number]
     return RunSpec(
         run=f"teacher-{number:02d}",
         method="teacher",
@@ -40,7 +42,7 @@ def _member(context: Context, number: int) -> RunSpec:
         directory=workspace.teacher_member(number).absolute(),
         data=workspace.root.absolute(),
         network=train.network,
-        parameters=train.parameters,
+        parameters=absolute_folders(train.parameters),
         settings=TEACHER,
         optimizer=train.optimizer,
         mixed=None,
@@ -49,7 +51,11 @@ def _member(context: Context, number: int) -> RunSpec:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    train = {"network": config.train.network, "parameters": config.train.parameters, "optimizer": asdict(config.train.optimizer)}
+    train = {
+        "network": config.train.network,
+        "parameters": network_settings(config.train),
+        "optimizer": asdict(config.train.optimizer),
+    }
     return {"annotate": {"members": config.annotate.members}, "train": train}
 
 
@@ -60,6 +66,7 @@ STAGE = Stage(
     inputs=("prepare",),
     settings=_settings,
     outputs=lambda workspace, config: [member / "run.json" for member in members(workspace, config)],
+    check=check_train,
     run=_run,
     incremental=True,
 )

@@ -10,6 +10,8 @@ from flows.annotate import annotated
 from flows.artifacts import StageRecord
 from flows.config import Config
 from flows.fit_annotators import resolve
+from flows.folders import absolute_folders
+from flows.networks import check_train, network_settings
 from flows.stages import Context, Made, Stage
 from flows.training import fit_runs
 
@@ -34,7 +36,7 @@ def run_specs(context: Context) -> list[RunSpec]:
                     calibration=(workspace.annotator(annotator) / "calibration.json").absolute(),
                 )
             settings = {**asdict(method), "description": ""}
-            common = [train.network, train.parameters, asdict(train.optimizer), train.workers, seed]
+            common = [train.network, network_settings(train), asdict(train.optimizer), train.workers, seed]
             spec = RunSpec(
                 run=f"{name}-seed{seed}",
                 method=name,
@@ -42,7 +44,7 @@ def run_specs(context: Context) -> list[RunSpec]:
                 directory=workspace.run(f"{name}-seed{seed}").absolute(),
                 data=workspace.root.absolute(),
                 network=train.network,
-                parameters=train.parameters,
+                parameters=absolute_folders(train.parameters),
                 settings=method,
                 optimizer=train.optimizer,
                 mixed=source,
@@ -63,7 +65,8 @@ def _settings(config: Config) -> dict[str, Any]:
     for name, method in config.train.chosen.items():
         if method.mixed:
             chosen[name]["mixed"]["annotator"] = config.annotator_of(method)
-    return {"train": {**asdict(config.train), "methods": chosen, "compare": list(chosen)}}
+    parameters = network_settings(config.train)
+    return {"train": {**asdict(config.train), "parameters": parameters, "methods": chosen, "compare": list(chosen)}}
 
 
 STAGE = Stage(
@@ -75,6 +78,7 @@ STAGE = Stage(
     outputs=lambda workspace, config: [
         workspace.run(f"{name}-seed{seed}") / "run.json" for seed in range(config.train.seeds) for name in config.train.chosen
     ],
+    check=check_train,
     run=_run,
     incremental=True,
 )

@@ -10,6 +10,7 @@ from flows.config import config_names, load_config, plain
 NEEDED = {"image-folder": ("data.path=somewhere",)}
 BUNDLED = sorted(set(config_names()) - {"default"})
 METHODS = {name: ["cross-entropy", "label-smoothing", "focal", "mixup", "csm-paper", "csm"] for name in BUNDLED}
+METHODS |= {name: ["cross-entropy", "csm-paper", "csm"] for name in ("cifar10", "cifar100", "tiny-imagenet")}
 METHODS["annotators"] = ["cross-entropy", *(f"csm-{name}" for name in load_config("annotators").annotators)]
 METHODS["gaussians"] = [
     "cross-entropy",

@@ -1,0 +1,23 @@
+"""The network of the classifiers, whose settings may name a folder."""
+
+from typing import Any
+
+from csm import storage
+from csm.classifiers import check_network
+from csm.datasets import RealDataset
+from flows.config import TrainConfig
+from flows.folders import folder_files
+from flows.stages import Context
+
+
+def network_settings(train: TrainConfig) -> dict[str, Any]:
+    """``train.parameters`` and, where they name a folder, what identifies the files in it: all that a new classifier depends on."""
+    files = folder_files(train.parameters)
+    return {**train.parameters, **({"files": storage.digest(files)} if files else {})}
+
+
+def check_train(context: Context) -> None:
+    """``InputError`` if the network cannot be built for these images; of the data set only what is prepared already is asked."""
+    train, workspace = context.config.train, context.workspace
+    shape = RealDataset.load_info(workspace.root).shape if workspace.dataset.is_file() else None
+    check_network(train.network, train.parameters, shape)

@@ -1,0 +1,70 @@
+"""The bundled configurations with the paper's settings; their numbers are those of the paper's table."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+
+from csm.classifiers import check_network
+from csm.noise_schedules import karras_sigmas
+from csm.sampling import noise_levels
+from flows.config import load_config
+
+PAPER = {"cifar10": (10, 20, 159_840, 4.0), "cifar100": (100, 25, 158_400, 2.3), "tiny-imagenet": (200, 25, 318_400, 4.0)}
+
+
+@pytest.fixture(params=PAPER)
+def named(request):
+    # The data are not looked at here.
+    return request.param, load_config(request.param, ("data.source=digits",))
+
+
+def test_as_many_images_as_in_the_paper(named):
+    classes, _, images, _ = PAPER[named[0]]
+    plan = named[1].plan
+    assert plan.pairs == "all"
+    assert math.comb(classes, 2) * plan.sets_per_pair * plan.ratios == images
+    assert (plan.ratios, plan.grid) == (8, "uniform")
+
+
+def test_the_sampler_is_edm_s(named):
+    steps = PAPER[named[0]][1]
+    sampler = named[1].mix.sampler
+    assert (sampler.solver, sampler.steps, sampler.churn) == ("heun", steps, 0)
+    assert noise_levels(sampler).tolist() == karras_sigmas(steps, 0.002, 80.0, 7.0).tolist()
+
+
+def test_labels_are_by_projection_in_clip_s_features(named):
+    config = named[1]
+    term = config.train.chosen["csm-paper"].mixed
+    annotator = config.annotate.annotators[term.annotator]
+    assert (annotator.head, annotator.encoder, annotator.scale) == ("projection", "clip", PAPER[named[0]][3])
+    assert (term.loss, term.weight, term.schedule, term.per_real) == ("l2", 1.0, "pair", 2)
+    assert config.train.chosen["cross-entropy"].mixed is None
+    assert config.annotators == ("projection-clip", "linear-clip")  # none that needs classifiers to be trained first
+
+
+def test_training_is_the_paper_s(named):
+    train = named[1].train
+    values = asdict(train.optimizer)
+    expected = {"kind": "sgd", "epochs": 200, "batch_size": 128, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+    expected |= {
+        "schedule": "multi-step",
+        "milestones": (80, 120),
+        "decay": 0.1,
+        "warmup": 0,
+        "clip": 2,
+        "choose": "val-accuracy",
+    }
+    assert {key: values[key] for key in expected} == expected
+    assert list(train.chosen) == ["cross-entropy", "csm-paper", "csm"]
+    assert train.network == "resnet50"
+    side = 64 if named[0] == "tiny-imagenet" else 32
+    check_network(train.network, train.parameters, (side, side, 3))
+    assert named[1].evaluate.bins == 15
+
+
+def test_the_published_generator_is_the_one_of_cifar10(named):
+    generator = named[1].generator
+    published = ("edm", "edm-cifar10-32x32-cond-vp.pkl")
+    assert (generator.kind, generator.path) == (published if named[0] == "cifar10" else ("auto", ""))
