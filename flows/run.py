@@ -78,7 +78,7 @@ def run_verb(
         names = verb_stages(verb, config)
         try:
             refuse_replacing(context, names)
-            if verb == "plan":  # what it lacks is said before the teacher is trained
+            if verb in ("plan", "evaluate"):  # what it lacks is said before the teacher is trained, or shift sets are made
                 require(context, verb, [name for name in STAGES[verb].reads(config) if name not in names])
             if address != "local" and not RAY_STAGES.isdisjoint(names):
                 context.connect()  # now, rather than after an hour of other work
