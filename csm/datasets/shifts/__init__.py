@@ -59,8 +59,8 @@ def shift_digest(config: ShiftConfig) -> str:
     return SHIFTS[config.kind].files(**config.parameters)
 
 
-def _files(find: Callable[[str], list[Any]], path: str, **settings: Any) -> str:
-    found = find(path)
+def _files(find: Callable[..., list[Any]], path: str, wnids: str = "", **settings: Any) -> str:
+    found = find(path, wnids) if wnids else find(path)
     return f"{len(found)} files, {digest(found)}"
 
 

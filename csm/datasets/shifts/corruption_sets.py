@@ -1,6 +1,5 @@
 """Published corruption sets from disk: CIFAR-10-C, CIFAR-100-C and Tiny-ImageNet-C (Hendrycks & Dietterich, ICLR 2019)."""
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +10,6 @@ from PIL import Image, UnidentifiedImageError
 from csm.datasets.real import RealDataset
 from csm.datasets.shifts.part import SEVERITIES, ShiftPart, choose, choose_severities, fit_images
 from csm.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 CIFAR_SHAPE = (32, 32, 3)
 
@@ -71,14 +68,14 @@ def tiny_imagenet_c(
 ) -> Iterator[ShiftPart]:
     """Tiny-ImageNet-C as published: ``CORRUPTION/SEVERITY/WNID/*.JPEG``.
 
-    Which class a folder is: its place in the class names of the data set if those are wnids; else its line of ``wnids.txt``, which
-    is looked for in the folder ``path`` and the one above it; else, with a warning, its place among the sorted folder names.
+    Which class a folder is: its line of the file ``wnids``, if that is given; else its place in the class names of the data set, if
+    those are wnids; else its place among the sorted folder names, as in the source ``tiny-imagenet``.
 
     Args:
         data: whose shape the images take.
         path: the folder.
         corruptions, severities: comma-separated, for example "gaussian_noise,fog" and "1,3,5"; "all".
-        wnids: file with the wnid of class k in line k, for one that lies elsewhere.
+        wnids: file with the wnid of class k in line k, for data whose classes are in another order.
 
     Raises:
         InputError: a folder is missing, there are not K class folders, or an image cannot be read (when its part is made).
@@ -108,10 +105,14 @@ def npy_files(path: str) -> list[tuple[str, int, int]]:
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(Path(path).glob("*.npy"))]
 
 
-def class_folders(path: str) -> list[tuple[str, int]]:
-    """(relative name, modification time in ns) of every CORRUPTION/SEVERITY/WNID: changes when an image comes, goes or is renamed."""
+def class_folders(path: str, wnids: str = "") -> list[tuple[str, int]]:
+    """(relative name, modification time in ns) of every CORRUPTION/SEVERITY/WNID, and of the file ``wnids``.
+
+    A folder's time changes when an image comes, goes or is renamed.
+    """
     root = Path(path)
-    return [(str(folder.relative_to(root)), folder.stat().st_mtime_ns) for folder in sorted(root.glob("*/*/*"))]
+    folders = [(str(folder.relative_to(root)), folder.stat().st_mtime_ns) for folder in sorted(root.glob("*/*/*"))]
+    return folders + [(str(file), file.stat().st_mtime_ns) for file in [Path(wnids)] if file.is_file()]
 
 
 def _folder(path: str) -> Path:
@@ -142,19 +143,14 @@ def _class_order(class_names: tuple[str, ...], found: list[str], root: Path, wni
         raise InputError(
             f"{root}: expected a folder for each of the {len(class_names)} classes of the data set, got {len(found)}"
         )
-    if not wnids and set(class_names) == set(found):
-        return list(class_names)
-    beside = [Path(wnids)] if wnids else [folder / "wnids.txt" for folder in (root, root.absolute().parent)]
-    for file in beside:
-        if file.is_file():
-            order = file.read_text(encoding="utf-8", errors="replace").split()
-            if sorted(order) != found:
-                raise InputError(f"{file}: expected the names of the {len(found)} class folders in {root}, each once")
-            return order
-    if wnids:
+    if not wnids:
+        return list(class_names) if set(class_names) == set(found) else found
+    if not Path(wnids).is_file():
         raise InputError(f"wnids: {wnids} does not exist")
-    logger.warning("%s: no wnids.txt there or above, so class k is the k-th folder by name (%s is class 0)", root, found[0])
-    return found
+    order = Path(wnids).read_text(encoding="utf-8", errors="replace").split()
+    if sorted(order) != found:
+        raise InputError(f"wnids: expected {wnids} to name the {len(found)} class folders of {root}, each once")
+    return order
 
 
 def _decode(file: Path, channels: int) -> torch.Tensor:

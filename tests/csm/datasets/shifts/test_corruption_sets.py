@@ -1,6 +1,5 @@
 """Tiny files of the published formats."""
 
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from csm.errors import InputError
 
 Real = Callable[..., RealDataset]
 ROWS = 6  # for each severity
-WNIDS = ("n03", "n01", "n02")  # class 0 is n03: wnids.txt is not sorted
+WNIDS = ("n01", "n02", "n03")
 
 
 @pytest.fixture
@@ -122,7 +121,6 @@ def tiny(tmp_path: Path) -> Path:
                 folder.mkdir(parents=True)
                 for number in range(2):
                     Image.new("RGB", (64, 64), (40 * severity, 80 * label, 100)).save(folder / f"{number}.JPEG", quality=95)
-    (root / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
     return root
 
 
@@ -130,7 +128,7 @@ def labels_by_colour(images: torch.Tensor) -> list[int]:
     return (images[:, 1].double().mean(dim=(1, 2)) / 80).round().long().tolist()
 
 
-def test_tiny_imagenet_c_classes_are_lines_of_wnids(tiny: Path, real: Real) -> None:
+def test_tiny_imagenet_c_classes_are_folders_in_order(tiny: Path, real: Real) -> None:
     parts = list(tiny_imagenet_c(real((64, 64, 3)), str(tiny)))
     assert [(part.corruption, part.severity) for part in parts] == [(name, s) for name in ("fog", "snow") for s in range(1, 6)]
     for part in parts:
@@ -140,29 +138,17 @@ def test_tiny_imagenet_c_classes_are_lines_of_wnids(tiny: Path, real: Real) -> N
         assert part.images[:, 0].double().mean().item() == pytest.approx(40 * (part.severity or 0), abs=3)
 
 
-def test_tiny_imagenet_c_wnids_above_or_elsewhere(tiny: Path, real: Real) -> None:
-    data = real((64, 64, 3))
-    (tiny / "wnids.txt").rename(tiny.parent / "wnids.txt")
-    part = next(tiny_imagenet_c(data, str(tiny), "fog", "1"))
-    assert labels_by_colour(part.images) == [0, 0, 1, 1, 2, 2]
-    (tiny.parent / "wnids.txt").rename(tiny.parent / "other.txt")
-    part = next(tiny_imagenet_c(data, str(tiny), "fog", "1", wnids=str(tiny.parent / "other.txt")))
-    assert labels_by_colour(part.images) == [0, 0, 1, 1, 2, 2]
+def test_tiny_imagenet_c_classes_are_lines_of_a_file(tiny: Path, real: Real) -> None:
+    (tiny.parent / "wnids.txt").write_text("n03\nn01\nn02\n")
+    part = next(tiny_imagenet_c(real((64, 64, 3)), str(tiny), "fog", "1", wnids=str(tiny.parent / "wnids.txt")))
+    assert part.labels is not None
+    assert part.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert labels_by_colour(part.images) == [2, 2, 0, 0, 1, 1]  # colours are those of WNIDS: n03 is 2
 
 
-def test_tiny_imagenet_c_class_names_that_are_wnids_come_first(tiny: Path, real: Real) -> None:
+def test_tiny_imagenet_c_class_names_may_be_wnids(tiny: Path, real: Real) -> None:
     part = next(tiny_imagenet_c(real((64, 64, 3), ("n02", "n03", "n01")), str(tiny), "fog", "1"))
-    assert labels_by_colour(part.images) == [2, 2, 0, 0, 1, 1]  # colours are those of WNIDS: n02 is 2, n03 is 0, n01 is 1
-
-
-def test_tiny_imagenet_c_without_a_file_folders_in_order_and_it_says_so(
-    tiny: Path, real: Real, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tiny / "wnids.txt").unlink()
-    with caplog.at_level(logging.WARNING):
-        part = next(tiny_imagenet_c(real((64, 64, 3)), str(tiny), "fog", "1"))
-    assert labels_by_colour(part.images) == [1, 1, 2, 2, 0, 0]  # n01, n02, n03
-    assert "no wnids.txt there or above, so class k is the k-th folder by name (n01 is class 0)" in caplog.text
+    assert labels_by_colour(part.images) == [1, 1, 2, 2, 0, 0]
 
 
 def test_tiny_imagenet_c_takes_the_shape_of_the_data(tiny: Path, real: Real) -> None:
@@ -180,10 +166,9 @@ def test_tiny_imagenet_c_that_cannot_be_used(tiny: Path, real: Real) -> None:
         tiny_imagenet_c(data, str(tiny), "rain")
     with pytest.raises(InputError, match=r"wnids: none\.txt does not exist"):
         tiny_imagenet_c(data, str(tiny), wnids="none.txt")
-    (tiny / "wnids.txt").write_text("n01\nn02\nn99\n")
-    with pytest.raises(InputError, match=r"wnids\.txt: expected the names of the 3 class folders"):
-        tiny_imagenet_c(data, str(tiny))
-    (tiny / "wnids.txt").write_text("\n".join(WNIDS))
+    (tiny.parent / "wnids.txt").write_text("n01\nn02\nn99\n")
+    with pytest.raises(InputError, match=r"wnids: expected .*wnids\.txt to name the 3 class folders"):
+        tiny_imagenet_c(data, str(tiny), wnids=str(tiny.parent / "wnids.txt"))
     (tiny / "snow" / "3" / "n02").rename(tiny / "snow" / "3" / "n77")
     with pytest.raises(InputError, match=r"snow/3: expected the 3 class folders of .*fog/1"):
         tiny_imagenet_c(data, str(tiny))
@@ -208,3 +193,5 @@ def test_tiny_imagenet_c_folders_tell_a_change(tiny: Path) -> None:
     assert len(before) == 2 * 5 * 3
     (tiny / "fog" / "1" / "n01" / "1.JPEG").unlink()
     assert class_folders(str(tiny)) != before
+    (tiny / "wnids.txt").touch()
+    assert len(class_folders(str(tiny), str(tiny / "wnids.txt"))) == 2 * 5 * 3 + 1
