@@ -54,6 +54,24 @@ METRICS: Schema = {
     "bins": pl.UInt16(),
     "value": pl.Float64(),
 }
+SHIFT: Schema = {
+    "image_id": pl.UInt32(),  # place in the part; of a corruption set the same image at every severity
+    "corruption": pl.String(),  # null out of distribution, as are the next two
+    "severity": pl.UInt8(),
+    "label": pl.UInt16(),
+    "image": pl.Binary(),
+}
+SHIFT_METRICS: Schema = {
+    "run": pl.String(),
+    "method": pl.String(),
+    "seed": pl.Int64(),
+    "shift": pl.String(),  # name of the set in the configuration
+    "corruption": pl.String(),  # null out of distribution, as is the next one
+    "severity": pl.UInt8(),
+    "posthoc": pl.String(),  # "none" or "temperature"
+    "metric": pl.String(),
+    "value": pl.Float64(),
+}
 
 
 def annotations(n_classes: int) -> Schema:

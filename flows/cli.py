@@ -102,6 +102,7 @@ def _run_verb(
 
 
 _add_verb("prepare", "Read the data set into the workspace: splits, statistics, one table.")
+_add_verb("shift", "Make the corruption sets and sets out of distribution of evaluate.shifts.")
 _add_verb("fit-generator", "Train the class-conditional diffusion model on the train split.")
 
 

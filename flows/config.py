@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from cluster.resources import ResourcesConfig
 from csm.classifiers import NETWORKS
 from csm.datasets import DATASETS
+from csm.datasets.shifts import ShiftConfig, check_shift
 from csm.errors import InputError
 from csm.generators.conditioning import OPERATORS
 from csm.generators.config import GeneratorConfig
@@ -27,7 +28,7 @@ from csm.planning import PlanConfig, ratio_grid
 from csm.precision import Precision
 from csm.sampling import SamplerConfig
 from csm.schedules import SCHEDULES
-from flows.annotators import AnnotateConfig, check_annotators, check_asked
+from flows.annotators import AnnotateConfig, check_annotators, check_asked, check_folder_name
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -77,9 +78,10 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluateConfig:
-    """Number of bins of ECE and AECE."""
+    """Number of bins of ECE and AECE, and shift sets by name."""
 
     bins: int = Field(default=15, ge=1, le=1000)
+    shifts: dict[str, ShiftConfig] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -263,7 +265,14 @@ def _check_names(config: Config) -> Config:
     for name, method in (config.train.methods | config.train.chosen).items():
         _check_method(config, name, method, annotate)
     train = replace(config.train, parameters=parameters)
-    return replace(config, data={"source": source, **data}, train=train, annotate=annotate)
+    shifts = {name: _check_shift(f"evaluate.shifts.{name}", name, shift) for name, shift in config.evaluate.shifts.items()}
+    evaluate = replace(config.evaluate, shifts=shifts)
+    return replace(config, data={"source": source, **data}, train=train, annotate=annotate, evaluate=evaluate)
+
+
+def _check_shift(where: str, name: str, shift: ShiftConfig) -> ShiftConfig:
+    check_folder_name(where, name)
+    return check_shift(shift, where)
 
 
 def _check_method(config: Config, name: str, method: Method, annotate: AnnotateConfig) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from csm import __version__
 from csm.classifiers import NETWORKS
 from csm.datasets import DATASETS
+from csm.datasets.shifts import SHIFTS
 from csm.encoders import ENCODERS
 from csm.errors import InputError
 from csm.generators import GENERATORS
@@ -45,6 +46,7 @@ def diagnose(workspace: Path, address: str) -> dict[str, Any]:
         "ray": _check_ray(address, problems),
         "configs": [name for name in config_names() if name != "default"],
         "datasets": list(DATASETS),
+        "shifts": list(SHIFTS),
         "generators": list(GENERATORS),
         "operators": list(OPERATORS),
         "annotators": list(load_config("default").annotate.annotators),
@@ -72,6 +74,7 @@ def show(findings: dict[str, Any]) -> None:
     print(f"{'ray':<12}{ray['address']}: {ray['state']}")
     registries = (
         "datasets",
+        "shifts",
         "generators",
         "operators",
         "annotators",

@@ -15,7 +15,21 @@ import polars as pl
 
 from cluster.session import require_answer
 from csm import storage, tables
-from flows import annotate, evaluate, fit_annotators, fit_teacher, generator, mix, plan, prepare, report, train
+from csm.errors import InputError
+from flows import (
+    annotate,
+    evaluate,
+    evaluate_shift,
+    fit_annotators,
+    fit_teacher,
+    generator,
+    mix,
+    plan,
+    prepare,
+    report,
+    shift,
+    train,
+)
 from flows.artifacts import open_workspace
 from flows.config import Config
 from flows.stages import Context, refuse_replacing, require, run_stage
@@ -25,6 +39,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         prepare.STAGE,
+        shift.STAGE,
         generator.STAGE,
         fit_teacher.STAGE,
         fit_annotators.STAGE,
@@ -32,13 +47,17 @@ STAGES = {
         mix.STAGE,
         annotate.STAGE,
         train.STAGE,
+        evaluate_shift.STAGE,
         evaluate.STAGE,
         report.STAGE,
     )
 }
-RAY_STAGES = frozenset({"generator", "fit-teacher", "fit-annotators", "mix", "annotate", "train"})
-VERBS = {name: (name,) for name in STAGES if name not in ("generator", "fit-teacher", "fit-annotators", "annotate")}
+RAY_STAGES = frozenset({"generator", "fit-teacher", "fit-annotators", "mix", "annotate", "train", "evaluate-shift"})
+VERBS = {
+    name: (name,) for name in STAGES if name not in ("generator", "fit-teacher", "fit-annotators", "annotate", "evaluate-shift")
+}
 VERBS |= {"fit-generator": ("generator",), "import-generator": ("prepare", "generator")}
+VERBS |= {"evaluate": ("shift", "evaluate-shift", "evaluate")}
 VERBS |= {"annotate": ("fit-annotators", "annotate"), "run": tuple(name for name in STAGES if name != "fit-teacher")}
 
 
@@ -59,7 +78,7 @@ def run_verb(
         names = verb_stages(verb, config)
         try:
             refuse_replacing(context, names)
-            if verb == "plan":  # what it lacks is said before the teacher is trained
+            if verb in ("plan", "evaluate"):  # what it lacks is said before the teacher is trained, or shift sets are made
                 require(context, verb, [name for name in STAGES[verb].reads(config) if name not in names])
             if address != "local" and not RAY_STAGES.isdisjoint(names):
                 context.connect()  # now, rather than after an hour of other work
@@ -86,8 +105,12 @@ def run_verb(
 
 
 def verb_stages(verb: str, config: Config) -> tuple[str, ...]:
-    """Stages that ``verb`` runs: ``VERBS``, and of those without a verb the teacher, where it is asked."""
+    """Stages that ``verb`` runs: ``VERBS``, and of those without a verb the teacher, where it is asked; shift sets where there are any."""
     names = VERBS[verb]
+    if not config.evaluate.shifts:
+        if verb == "shift":
+            raise InputError("evaluate.shifts: no set is configured; for example --set evaluate.shifts.corrupted.kind=corrupted")
+        names = tuple(name for name in names if name not in ("shift", "evaluate-shift"))
     asking = [name for name in ("fit-annotators", "plan") if name in names and "fit-teacher" in STAGES[name].reads(config)]
     if not asking:
         return names

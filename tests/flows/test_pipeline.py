@@ -336,3 +336,27 @@ def direct_call(workspace: Path, plan: pl.DataFrame) -> pl.DataFrame:
     finally:
         torch.set_num_threads(threads)
     return pl.concat(parts).sort("mix_id")
+
+
+@pytest.mark.slow
+def test_shift_sets_are_made_and_measured_by_evaluate_and_leave_the_classifiers_alone(
+    finished: Any, csm: Run, write_config: Callable[..., Path], copy: Copy
+) -> None:
+    workspace = copy()
+    shifts = {
+        "noise": {"kind": "corrupted", "parameters": {"corruptions": "gaussian-noise", "severities": "1,5"}},
+        "photographs": {"kind": "photographs", "parameters": {"count": 40}},
+    }
+    config = write_config(evaluate={"shifts": shifts})
+    trained = {path: path.stat().st_mtime_ns for path in (workspace / "runs").glob("*/run.json")}
+    command = ["evaluate", "--config", config, "--workspace", workspace, "--json"]
+    done = csm(*command)
+    assert done.returncode == 0, done.stderr
+    assert list(last_line(done)["stages"]) == ["shift", "evaluate-shift", "evaluate"]
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
+    metrics = tables.read(workspace / "shift_metrics.parquet", tables.SHIFT_METRICS)
+    assert set(metrics["method"]) == {"cross-entropy", "csm"}
+    assert len(metrics) == 2 * 2 * (2 * 4 + 6)
+    again = last_line(csm(*command))["stages"]
+    assert again["shift"]["reused"]
+    assert again["evaluate-shift"]["reused"]
