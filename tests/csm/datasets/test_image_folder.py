@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from csm.datasets import RealDataset, load_dataset, source_digest
-from csm.datasets.image_folder import image_folder, source_files
+from csm.datasets.image_folder import image_folder
+from csm.datasets.source_files import stamps
 from csm.errors import InputError
 
 
@@ -189,14 +190,14 @@ def test_an_empty_split_folder_is_named(tmp_path: Path, empty: str) -> None:
 
 def test_source_files_change_with_the_folder(tmp_path: Path) -> None:
     fill(tmp_path, {"a": 1, "b": 1})
-    before = source_files(str(tmp_path))
+    before = stamps(str(tmp_path))
     assert [name for name, _, _ in before] == ["a/000.png", "b/000.png"]
-    assert source_files(str(tmp_path)) == before
+    assert stamps(str(tmp_path)) == before
     os.utime(tmp_path / "a" / "000.png", ns=(0, 0))
-    touched = source_files(str(tmp_path))
+    touched = stamps(str(tmp_path))
     assert touched != before
     picture(3).save(tmp_path / "b" / "more.png")
-    assert len(source_files(str(tmp_path))) == 3
+    assert len(stamps(str(tmp_path))) == 3
     assert source_digest("image-folder", path=str(tmp_path)).startswith("3 files, ")
 
 
