@@ -1,8 +1,6 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009) as they are published: archives of Python 2's pickles, which are read without running them."""
 
 import io
-import tarfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import numpy as np
 
 from csm.datasets.decoding import check_form, resize
 from csm.datasets.real import RealDataset, build, complete_splits
+from csm.datasets.tar_files import members
 from csm.errors import InputError
 from csm.pickles import Record, read_pickle
 
@@ -77,15 +76,7 @@ def _contents(path: Path, names: list[str], source: str) -> dict[str, bytes]:
         folder = next((folder for folder in below if (folder / names[0]).is_file()), path)
         found = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
     elif path.is_file():
-        try:
-            with tarfile.open(path) as tar:
-                for member in tar:
-                    name = member.name.rpartition("/")[2]
-                    content = tar.extractfile(member) if name in names else None
-                    if content is not None:
-                        found[name] = content.read()
-        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise InputError(f"data.path: {path} is no whole tar file ({error}): get it again") from None
+        found = {base: content for name, content in members(path) if (base := name.rpartition("/")[2]) in names}
     else:
         raise InputError(f"data.path: {path} does not exist; expected the archive of {source} (Python version) or its folder")
     missing = [name for name in names if name not in found]

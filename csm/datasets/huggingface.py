@@ -31,7 +31,7 @@ def huggingface(
     test: float = 0.2,
     seed: int = 0,
 ) -> RealDataset:
-    """Read parquet files; the first word of a file's or its folder's name says the split (train, validation or valid or val, test).
+    """Read parquet files; the first word of a file's name, or its folder's name, says the split (train, validation or valid or val, test).
 
     A missing validation or test split is cut from the training one with the fractions ``val`` and ``test``, stratified.
 

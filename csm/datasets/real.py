@@ -96,17 +96,17 @@ def build(
     n_classes = len(class_names)
     if n_classes < 2:
         raise InputError(f"data set {name!r} has {n_classes} class ({', '.join(class_names)}): at least 2 are needed to mix")
-    for split in tables.SPLITS:
-        if not (splits == split).any():
-            raise InputError(
-                f"data set {name!r} has no image in split {split!r}: give it more images, or change data.val and data.test"
-            )
     outside = np.flatnonzero((labels < 0) | (labels >= n_classes))
     if len(outside):
         raise InputError(
             f"data set {name!r}: image {outside[0]} has label {labels[outside[0]]}; expected 0 to {n_classes - 1}, "
             f"as there are {n_classes} classes"
         )
+    for split in tables.SPLITS:
+        if not (splits == split).any():
+            raise InputError(
+                f"data set {name!r} has no image in split {split!r}: give it more images, or change data.val and data.test"
+            )
     missing = sorted(set(range(n_classes)) - set(labels[splits == "train"].tolist()))
     if missing:
         raise InputError(f"data set {name!r}: class {class_names[missing[0]]!r} has no training image")

@@ -62,14 +62,14 @@ def stamps(path: str, suffixes: tuple[str, ...] = ("",)) -> list[tuple[str, int,
 
 
 def splits_of(files: Sequence[Path]) -> list[str]:
-    """The split of each file, by the first word of its name (train-00000-of-00002.parquet) or else of its folder's name.
+    """The split of each file, by the first word of its name (train-00000-of-00002.parquet) or else by its folder's name (train).
 
     If no name says one, all are "train".
 
     Raises:
         InputError: some names say a split and others do not.
     """
-    splits = [_split_of(file.name) or _split_of(file.parent.name) for file in files]
+    splits = [_split_of(file.name) or _SPLIT_NAMES.get(file.parent.name.lower(), "") for file in files]
     if not any(splits):
         return ["train"] * len(files)
     for file, split in zip(files, splits, strict=True):

@@ -1,8 +1,6 @@
 """Tar files of WebDataset: the files of a sample stand together and share their name up to the first dot."""
 
 import json
-import tarfile
-import zlib
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 from csm.datasets.decoding import check_form, decode
 from csm.datasets.real import RealDataset, build, complete_splits
 from csm.datasets.source_files import number_classes, read_class_names, some_files, splits_of
+from csm.datasets.tar_files import members
 from csm.errors import InputError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -28,7 +27,7 @@ def webdataset(
     test: float = 0.2,
     seed: int = 0,
 ) -> RealDataset:
-    """Read tar files; the first word of a file's or its folder's name says the split (train, val or validation or valid, test).
+    """Read tar files; the first word of a file's name, or its folder's name, says the split (train, val or validation or valid, test).
 
     A sample is an image (``KEY.png``, ``.jpg``, ``.jpeg`` or ``.webp``) with its label: ``KEY.cls``, a whole number as text, or
     ``KEY.json``, an object with a number or name ``label``. A missing validation or test split is cut from the training one with the
@@ -63,9 +62,9 @@ def webdataset(
 
 def _samples(file: Path) -> Iterator[tuple[str, bytes, int | str]]:
     """Name, encoded image and label of every sample of a tar file."""
-    for key, members in groupby(_members(file), key=lambda member: member[0]):
+    for key, parts in groupby(_members(file), key=lambda member: member[0]):
         where = f"{file}: {key}"
-        sample = {kind: content for _, kind, content in members}
+        sample = {kind: content for _, kind, content in parts}
         image = next((sample[kind] for kind in IMAGES if kind in sample), None)
         if image is None:
             raise InputError(f"{where} has no image, only {', '.join(sample)}; expected {', '.join(IMAGES)} beside its label")
@@ -86,17 +85,7 @@ def _label(sample: dict[str, bytes], where: str) -> int | str:
 
 def _members(file: Path) -> Iterator[tuple[str, str, bytes]]:
     """Key, kind (what follows the first dot of the name) and content of every file in a tar file."""
-    try:
-        with tarfile.open(file) as tar:
-            for member in tar:
-                content = tar.extractfile(member) if member.isfile() else None
-                if content is not None:
-                    folder, slash, name = member.name.rpartition("/")
-                    key, _, kind = name.partition(".")
-                    yield folder + slash + key, kind.lower(), content.read()
-            # tarfile takes a header that is damaged or cut off for the end; the true end is a block of zeros.
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("it ends too early")
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise InputError(f"data.path: {file} is no whole tar file ({error}): get it again") from None
+    for path, content in members(file):
+        folder, slash, name = path.rpartition("/")
+        key, _, kind = name.partition(".")
+        yield folder + slash + key, kind.lower(), content
