@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import torch
@@ -159,8 +158,14 @@ def to_images(column: pl.Series, shape: tuple[int, int, int]) -> torch.Tensor:
     lengths = column.bin.size()
     if not lengths.eq_missing(size).all():
         raise InputError(f"image bytes: expected {size} per image for shape {shape}, got {lengths.unique().sort().to_list()[:5]}")
-    pixels = np.frombuffer(bytearray().join(column.to_list()), dtype=np.uint8).reshape(-1, height, width, channels)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # (N, C, H, W)
+    images = torch.empty(len(column), channels, height, width, dtype=torch.uint8)
+    for first in range(
+        0, len(column), ROW_GROUP
+    ):  # a part at a time, so that memory holds the images once more and not three times
+        content = bytearray().join(column[first : first + ROW_GROUP].to_list())
+        rows = torch.frombuffer(content, dtype=torch.uint8).view(-1, height, width, channels)
+        images[first : first + ROW_GROUP] = rows.permute(0, 3, 1, 2)  # (rows, C, H, W)
+    return images
 
 
 def from_images(images: torch.Tensor) -> pl.Series:

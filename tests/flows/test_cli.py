@@ -156,7 +156,7 @@ def test_an_unknown_stage_to_force(refused, tmp_path):
         (("data.val=0.9",), "data.val, data.test: expected fractions whose sum is below 1"),
         (("data.source=image-folder", "data.path=none"), "data.path: image folder none does not exist"),
         (("data.source=image-folder", "data.path=.", "data.channels=2"), "data.channels: expected 1 (grey) or 3 (RGB), got 2"),
-        (("data.source=image-folder", "data.path=.", "data.size=0"), "data.size: expected pixels"),
+        (("data.source=image-folder", "data.path=.", "data.size=-1"), "data.size: expected pixels"),
     ],
 )
 def test_data_settings_that_only_the_source_can_judge(refused, overrides, message, tmp_path):
