@@ -80,6 +80,14 @@ class Workspace:
         return self.root / "metrics.parquet"
 
     @property
+    def comparison(self) -> Path:
+        return self.root / "comparison.parquet"
+
+    @property
+    def shift_metrics(self) -> Path:
+        return self.root / "shift_metrics.parquet"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 

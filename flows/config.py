@@ -22,6 +22,7 @@ from csm.generators.config import GeneratorConfig
 from csm.losses import HARD, SOFT, build_loss
 from csm.parameters import check_name, check_parameters, expected
 from csm.planning import PlanConfig, ratio_grid
+from csm.posthoc import POSTHOC
 from csm.sampling import SamplerConfig
 from csm.schedules import SCHEDULES
 from csm.training import Method, OptimizerConfig
@@ -66,9 +67,17 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluateConfig:
-    """Number of bins of ECE and AECE."""
+    """What is measured.
+
+    Attributes:
+        bins: of ECE and AECE.
+        posthoc: methods of ``csm.posthoc.POSTHOC`` that are fitted on validation, beside "none".
+        draws: bootstrap resamples of the comparison; no p-value is below 2 / (draws + 1).
+    """
 
     bins: int = Field(default=15, ge=1, le=1000)
+    posthoc: tuple[str, ...] = ("temperature",)
+    draws: int = Field(default=5000, ge=100)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -237,6 +246,8 @@ def _check_names(config: Config) -> Config:
         raise InputError(f"mix.sampler.churn: only solver heun adds noise, not {sampler.solver}; choose heun, or churn 0")
     annotate = check_annotators(config.annotate)
     check_asked(annotate, "annotate.annotator", annotate.annotator)
+    for name in config.evaluate.posthoc:
+        check_name("evaluate.posthoc", name, POSTHOC)
     for name in config.train.compare:
         check_name("train.compare", name, config.train.methods)
     for name, method in config.train.methods.items():

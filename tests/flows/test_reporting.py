@@ -13,13 +13,12 @@ from PIL import Image
 
 from csm.tables import METRICS
 from flows import reporting
+from flows.reliability import Predictions, Reliability
 from flows.reporting import (
     Annotation,
     Cell,
     Dataset,
     MixedSet,
-    Predictions,
-    Reliability,
     Report,
     Stage,
     data_uri,
@@ -27,7 +26,7 @@ from flows.reporting import (
     nice_ticks,
     render,
 )
-from flows.summary import Method
+from flows.summary import NONE, TEMPERATURE, Method
 
 VOID = {"meta", "link", "img", "wbr", "br"}
 METHODS = (
@@ -79,13 +78,13 @@ def metrics(seeds=3):
     rows = []
     for name in NLL:
         for seed in range(seeds):
-            for fitted, factor in ((False, 1.0), (True, 0.5)):
+            for posthoc, factor in ((NONE, 1.0), (TEMPERATURE, 0.5)):
                 nll, ece = NLL[name] * factor + seed / 100, ECE[name] * factor
                 values = {"accuracy": 0.765, "ece": ece, "aece": ece, "nll": nll, "brier": nll / 2}
                 for metric, value in values.items():
                     bins = 15 if metric.endswith("ece") else None
-                    temperature = 1.75 if fitted else 1.0
-                    rows.append((f"{name}-{seed}", name, seed, "test", fitted, temperature, metric, bins, value))
+                    temperature = 1.0 if posthoc == NONE else 1.75
+                    rows.append((f"{name}-{seed}", name, seed, "test", posthoc, temperature, metric, bins, value))
     return pl.DataFrame(rows, schema=dict(METRICS), orient="row")
 
 
@@ -213,7 +212,7 @@ def test_lead_says_who_wins_in_numbers(page):
     assert lead.startswith("3 methods were trained on digits with 3 seeds and measured on its 1,747 test images.")
     assert "csm_full has the lowest NLL, 91.0 ± 1.0 (×100) against 124.6 ± 1.0 for ce (lower with all 3 seeds)" in lead
     assert "focal has the lowest ECE, 3.1 ± 0.0 % against 12.3 ± 0.0 %" in lead
-    assert "comes first in 2 of 4 comparisons" in lead
+    assert "comes first in 2 of 4 comparisons" in page.text("p", **{"class": "details"})[0]
 
 
 def test_ece_in_a_diagram_is_that_of_the_pooled_predictions():
@@ -369,7 +368,7 @@ def test_a_healthy_page_has_no_stray_values(html):
 
 def test_before_and_after_without_a_fitted_temperature():
     only = {name: replace(pair, after=None) for name, pair in report().reliability.items()}
-    page = Page(render(replace(report(), metrics=metrics().filter(~pl.col("fitted")), reliability=only)))
+    page = Page(render(replace(report(), metrics=metrics().filter(posthoc=NONE), reliability=only)))
     assert result_rows(page)["ce"][5:] == ["–"] * 6
     assert not any("→" in text for text in page.text("text"))
 
