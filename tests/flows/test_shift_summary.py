@@ -53,5 +53,5 @@ def test_a_workspace_without_shift_sets_has_an_empty_table(tmp_path):
     tables.write(shift_metrics(), workspace.shift_metrics, tables.SHIFT_METRICS)
     assert read(workspace).equals(shift_metrics())
     workspace.shift_metrics.write_bytes(b"half")
-    with pytest.raises(InputError, match="shift_metrics.parquet is not a whole parquet file"):
+    with pytest.raises(InputError, match=r"shift_metrics\.parquet is not a whole parquet file"):
         read(workspace)

@@ -1,6 +1,6 @@
 import polars as pl
 
-from flows.summary import NONE, Method
+from flows.summary import Method
 from flows.verdict import verdict
 from tests.flows.measured import ECE, METHODS, NLL, comparison, metrics
 
