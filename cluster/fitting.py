@@ -12,7 +12,8 @@ from ray.train.torch import get_device
 from cluster.resources import Group, group_size
 from cluster.training import run_group
 from csm.errors import InputError
-from csm.generators.fitting import FitJob, OnStep, World, fit_job
+from csm.generators.fitting import FitJob, OnStep, fit_job
+from csm.world import World
 
 EVENT_SECONDS = 0.5  # steps of so long go to the driver together
 

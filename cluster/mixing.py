@@ -17,8 +17,9 @@ from cluster.resources import Pool
 from cluster.shards import Receipt, finished_shards, part_path, read_plan, write_part
 from csm import storage, tables
 from csm.generators import Generator, load_generator
-from csm.generators.acceleration import Precision, accelerate
+from csm.generators.acceleration import accelerate
 from csm.mixing import start_mixing
+from csm.precision import Precision
 from csm.sampling import SamplerConfig
 
 

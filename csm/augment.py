@@ -1,6 +1,5 @@
 """Augmentation of whole batches, on the device that holds them."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -27,25 +26,26 @@ def random_shift(images: torch.Tensor, pixels: int, generator: torch.Generator) 
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def mixup(
-    images: torch.Tensor, target: torch.Tensor, alpha: float, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix each image with another of the batch, one ratio from Beta(alpha, alpha) for the batch (Zhang et al. 2018, eq. 1).
+def random_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Mirror each image (N, C, H, W) left to right with probability 1/2; ``generator`` is on the CPU."""
+    mirrored = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
+    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def cutout(images: torch.Tensor, side: int, fill: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Cover a square of each image whose centre is any pixel, so that a part of it may lie outside (DeVries & Taylor 2017).
 
     Args:
-        images: (N, C, H, W); converted to float.
-        target: class probabilities (N, K).
-        alpha: > 0; small values mix little.
+        images: (N, C, H, W) of any dtype.
+        side: of the square in pixels; 0 covers nothing.
+        fill: what covers it, (1, C, 1, 1) of the same dtype.
         generator: on the CPU.
-
-    Returns:
-        mixed images float32 (N, C, H, W) and mixed targets (N, K).
     """
-    if alpha <= 0:
-        raise ValueError(f"alpha must be > 0, got {alpha}")
-    # torch draws a Beta only from its global generator; numpy draws one from a seed that comes out of ours.
-    seed = int(torch.randint(0, 2**31, (1,), generator=generator))
-    ratio = float(np.random.default_rng(seed).beta(alpha, alpha))
-    other = torch.randperm(len(images), generator=generator).to(images.device)
-    pixels = images.float()
-    return ratio * pixels + (1 - ratio) * pixels[other], ratio * target + (1 - ratio) * target[other]
+    if side == 0:
+        return images
+    count, _, height, width = images.shape
+    top = (torch.randint(0, height, (count, 1), generator=generator) - side // 2).to(images.device)
+    left = (torch.randint(0, width, (count, 1), generator=generator) - side // 2).to(images.device)
+    y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+    rows, columns = (y >= top) & (y < top + side), (x >= left) & (x < left + side)  # (N, H), (N, W)
+    return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], fill.to(images.device), images)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -52,7 +53,8 @@ def check_parameters(
 ) -> dict[str, Any]:
     """Return ``parameters`` converted to the types of ``function``'s arguments.
 
-    Settings are the arguments of a simple type (int, float, str, bool); the others are the function's data.
+    Settings are the arguments of a simple type (int, float, str, bool); the others are the function's data. A range is part of
+    the hint: ``Annotated[float, Field(ge=0)]``.
 
     Args:
         function: a registered function or class, for instance a loss.
@@ -61,11 +63,14 @@ def check_parameters(
         reserved: simple arguments that the caller passes itself.
 
     Raises:
-        InputError: unknown setting (the allowed ones are listed), a value of the wrong type, or a missing one without a default.
+        InputError: unknown setting (the allowed ones are listed), a value of the wrong type or out of range, or a missing one without
+            a default.
     """
     signature = inspect.signature(function).parameters
-    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    simple = [name for name in signature if hints.get(name) in (int, float, str, bool)]
+    # A dataclass keeps its hints on the class: pydantic's __init__ has none.
+    annotated = function.__init__ if inspect.isclass(function) and not is_dataclass(function) else function
+    hints = get_type_hints(annotated, include_extras=True)
+    simple = [name for name, hint in get_type_hints(annotated).items() if name in signature and hint in (int, float, str, bool)]
     settable = [name for name in simple if name not in reserved]
     checked = {}
     for key, value in parameters.items():

@@ -14,9 +14,12 @@ from csm import storage, tables
 from csm.classifiers import Classifier, ClassifierSpec, build_classifier
 from csm.datasets import RealDataset
 from csm.errors import InputError
+from csm.methods import Method
+from csm.optimization import OptimizerConfig
 from csm.reannotation import Calibration, soft_labels
 from csm.schedules import MixedSet
-from csm.training import Method, OptimizerConfig, fit, predict
+from csm.training import OnEpoch, Stream, fit, predict
+from csm.world import ALONE, CPU, World, from_first, together
 
 STATE_SECONDS = 10.0  # between two saves of an unfinished training
 
@@ -65,19 +68,37 @@ def is_finished(spec: RunSpec) -> bool:
     return isinstance(value, dict) and value.get("fingerprint") == spec.fingerprint
 
 
-def fit_run(spec: RunSpec, on_epoch: Callable[[int, dict[str, float]], None] | None = None) -> None:
+def fit_run(
+    spec: RunSpec,
+    on_epoch: OnEpoch | None = None,
+    device: torch.device = CPU,
+    world: World = ALONE,
+    stream: Callable[[Path, int], Stream] | None = None,
+) -> None:
     """Train the classifier of ``spec`` and write ``model.*``, ``predictions.parquet``, ``history.json`` and ``run.json``.
 
-    An unfinished run goes on from ``state.pt``; a finished one returns at once. The result depends on the spec, the files it names and
-    torch's number of threads only.
+    An unfinished run goes on from ``state.pt``; a finished one returns at once. On a CPU the result depends on the spec, the files it
+    names and torch's number of threads only. Rank 0 alone reads the state and writes files.
+
+    Args:
+        spec: what to train.
+        on_epoch: called on rank 0 after each epoch.
+        device, world: see ``csm.training.fit``.
+        stream: called with ``spec.data`` and the seed for the images of a training that holds them on disk.
     """
     if is_finished(spec):
         return
-    (spec.directory / "run.json").unlink(missing_ok=True)
     state_path = spec.directory / "state.pt"
-    resumed = storage.read_state(state_path) if state_path.is_file() else None
-    if resumed is not None and resumed.get("fingerprint") != spec.fingerprint:
-        resumed = None  # it was interrupted under other settings
+
+    def read() -> dict[str, Any] | None:
+        if world.rank > 0:
+            return None
+        (spec.directory / "run.json").unlink(missing_ok=True)
+        state = storage.read_state(state_path) if state_path.is_file() else None
+        return state if state is not None and state.get("fingerprint") == spec.fingerprint else None  # else: of other settings
+
+    # From rank 0 rather than read by each: a network file system may show an older file on another node.
+    resumed = from_first(together(read, world), world)
     history: list[dict[str, float]] = resumed["history"] if resumed else []
     spent = resumed["seconds"] if resumed else 0.0
     started = saved = time.monotonic()
@@ -95,11 +116,11 @@ def fit_run(spec: RunSpec, on_epoch: Callable[[int, dict[str, float]], None] | N
             storage.write_state(state_path, state)
             saved = now
 
-    data = _dataset(spec.data, _stamp(spec.data / "dataset.json", spec.data / "real"))
+    data = together(lambda: _dataset(spec.data, _stamp(spec.data / "dataset.json", spec.data / "real")), world)
     classifier = new_classifier(spec, data)
     fit(
         classifier,
-        data.split("train"),
+        stream(spec.data, spec.seed) if stream and spec.optimizer.hold == "stream" else data.split("train"),
         data.split("val"),
         spec.settings,
         spec.optimizer,
@@ -108,7 +129,11 @@ def fit_run(spec: RunSpec, on_epoch: Callable[[int, dict[str, float]], None] | N
         on_epoch=record_epoch,
         save_state=save_state,
         state=resumed["training"] if resumed else None,
+        device=device,
+        world=world,
     )
+    if world.rank > 0:
+        return
     classifier.save(spec.directory)
     tables.write(
         predictions(spec.run, classifier, data), spec.directory / "predictions.parquet", tables.predictions(data.info.n_classes)
@@ -120,6 +145,7 @@ def fit_run(spec: RunSpec, on_epoch: Callable[[int, dict[str, float]], None] | N
         "seed": spec.seed,
         "fingerprint": spec.fingerprint,
         "seconds": round(spent + time.monotonic() - started, 3),
+        "devices": world.size,
         "settings": asdict(spec.settings),
         "optimizer": asdict(spec.optimizer),
     }

@@ -81,6 +81,8 @@ class Schedule:
         self._sizes = torch.tensor([len(sets) for sets in holds])
         self._inner = ((mixed.ratios > 0) & (mixed.ratios < 1)).nonzero().flatten()  # steps that are mixtures of both classes
         self._sets = torch.nn.utils.rnn.pad_sequence(holds, batch_first=True)  # (K, most sets of a class)
+        if rule == "ambiguity":
+            self._ambiguity = torch.special.entr(mixed.labels).sum(dim=1).double().cumsum(dim=0).cpu()  # (M,)
 
     def draw(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return self._rule(self, labels, generator)
@@ -113,9 +115,26 @@ class Schedule:
             raise InputError("schedule 'interior' needs plan.ratios of at least 3, or a list with one between 0 and 1")
         return rows[torch.randint(0, len(rows), (len(labels) * self._per_real,), generator=generator)]
 
+    def ambiguity(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Any mixed image, with probability proportional to the entropy of its soft label: what could be either comes more often."""
+        total = self._ambiguity[-1]
+        if total == 0:
+            raise InputError("schedule 'ambiguity' needs soft labels; those of this annotator are all certain: take 'uniform'")
+        place = torch.rand(len(labels) * self._per_real, generator=generator, dtype=torch.float64) * total
+        return torch.searchsorted(self._ambiguity, place, right=True).clamp(max=len(self._ambiguity) - 1)
+
+
+def soften(labels: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Soft labels q (N, K) as q^(1/T), normalised: T > 1 softens, T < 1 sharpens, 1 changes nothing; a class of 0 stays 0."""
+    if temperature == 1:
+        return labels
+    # Of log q, so that a small T does not lose every class of a row to underflow.
+    return (labels.double().log() / temperature).softmax(dim=1).to(labels.dtype)
+
 
 SCHEDULES: dict[str, Callable[[Schedule, torch.Tensor, torch.Generator], torch.Tensor]] = {
     "pair": Schedule.pair,
     "uniform": Schedule.uniform,
     "interior": Schedule.interior,
+    "ambiguity": Schedule.ambiguity,
 }

@@ -218,7 +218,9 @@ def _reduce(runs: Runs, metrics: Sequence[str], n_bins: int) -> dict[str, _Reduc
             confidence, correct = top_label(log_probs.double().exp(), labels)
             bins.append(bin_indices(confidence, n_bins).to(torch.int32))
             gaps.append(correct.double() - confidence)
-        methods[name] = _Reduced({metric: torch.stack(values) for metric, values in scores.items()}, torch.stack(bins), torch.stack(gaps))
+        methods[name] = _Reduced(
+            {metric: torch.stack(values) for metric, values in scores.items()}, torch.stack(bins), torch.stack(gaps)
+        )
     if not methods:
         raise ValueError("runs must hold at least one method")
     return methods
@@ -235,7 +237,9 @@ def _weights(images: int, seeds: int, draws: int, seed: int) -> Iterator[tuple[T
 
 def _counts(rows: int, size: int, generator: torch.Generator) -> Tensor:
     drawn = torch.randint(size, (rows, size), generator=generator)
-    return torch.zeros(rows, size, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(1, 1, dtype=torch.float64).expand(rows, size))
+    return torch.zeros(rows, size, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(1, 1, dtype=torch.float64).expand(rows, size)
+    )
 
 
 def _resample(reduced: _Reduced, metrics: Sequence[str], n_bins: int, image_weights: Tensor, seed_weights: Tensor) -> Tensor:

@@ -1,84 +1,47 @@
 """Training of a classifier on real images and, if given, on mixed ones."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from csm.augment import mixup, random_shift
-from csm.classifiers import Classifier, in_batches
+from csm.augment import cutout, random_flip, random_shift
+from csm.classifiers import Classifier
+from csm.errors import InputError
 from csm.losses import HARD, SOFT, build_loss
+from csm.methods import Method, MixedTerm
 from csm.metrics import evaluate
-from csm.schedules import MixedSet, Schedule
+from csm.optimization import OptimizerConfig, build_optimizer, learning_rate
+from csm.pixel_mixing import build_pixel_mixing
+from csm.precision import dtype_of
+from csm.schedules import MixedSet, Schedule, soften
+from csm.world import ALONE, CPU, World, from_first, to_device
 
 OnEpoch = Callable[[int, dict[str, float]], None]
 Split = tuple[torch.Tensor, torch.Tensor]
+HELD_SHARE = 0.4  # of a device's free memory that images may take; the rest is for activations
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class OptimizerConfig:
-    """How long and how fast: the same for every method that is compared.
+class Stream(Protocol):
+    """Real images that do not fit in memory; ``rows`` of them make an epoch."""
 
-    Attributes:
-        epochs: passes over the real training images.
-        batch_size: real images of a step.
-        learning_rate: of SGD, highest value of a one-cycle schedule (linear up over the first tenth, cosine to 0).
-        clip: largest norm of the gradient.
-        shift: random translation of real and mixed images, in pixels.
-    """
+    rows: int
 
-    epochs: int = Field(default=60, ge=1)
-    batch_size: int = Field(default=64, ge=2)
-    learning_rate: float = Field(default=0.1, gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=5e-4, ge=0)
-    clip: float = Field(default=2.0, gt=0)
-    shift: int = Field(default=0, ge=0)
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class MixedTerm:
-    """The term on mixed images: weight * loss(soft labels of an annotator).
-
-    Attributes:
-        annotator: whose soft labels; None: of the one that the configuration names for all methods.
-        loss: name in ``csm.losses.SOFT``.
-        schedule: name in ``csm.schedules.SCHEDULES``.
-        per_real: mixed images for each real one.
-    """
-
-    annotator: str | None = None
-    loss: str = "l2"
-    weight: float = Field(default=1.0, ge=0)
-    schedule: str = "pair"
-    per_real: int = Field(default=2, ge=1)
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Method:
-    """What distinguishes one method from another.
-
-    Attributes:
-        description: one line for the report.
-        loss: name in ``csm.losses.HARD`` for the real images, ``parameters`` its settings.
-        mixup: alpha of Beta(alpha, alpha); 0 is off.
-        mixed: the term on mixed images, or none.
-    """
-
-    description: str = ""
-    loss: str = "cross-entropy"
-    parameters: dict[str, float] = Field(default_factory=dict)
-    mixup: float = Field(default=0.0, ge=0)
-    mixed: MixedTerm | None = None
+    def batches(self, epoch: int, size: int) -> Iterator[Split]:
+        """This worker's batches of ``epoch``, each of ``size`` images uint8 (B, C, H, W) and labels int64 (B,), in an order of its own."""
+        ...
 
 
 def fit(
     classifier: Classifier,
-    real: Split,
+    real: Split | Stream,
     val: Split,
     method: Method,
     optimizer: OptimizerConfig,
@@ -87,107 +50,277 @@ def fit(
     on_epoch: OnEpoch | None = None,
     save_state: Callable[[dict[str, Any]], None] | None = None,
     state: dict[str, Any] | None = None,
+    device: torch.device = CPU,
+    world: World = ALONE,
 ) -> Classifier:
-    """Train ``classifier`` in place and return it in evaluation mode, with the weights of the last epoch.
+    """Train ``classifier`` in place, on ``device``, and return it there in evaluation mode with the weights of the epoch that is kept.
 
-    A pure function of its arguments and the number of threads: every epoch draws from its own seed, so a training that goes on from
-    a saved state gives the same weights as an undisturbed one.
+    On one CPU process, a pure function of its arguments and the number of threads: every epoch draws from its own seed, so a training
+    that goes on from a saved state gives the same weights as an undisturbed one. A GPU adds in an order of its own.
+
+    Several processes share every batch: all of them draw, augment and mix the whole batch alike, each puts every size-th image through
+    its network, and each computes the loss of the whole batch, so losses that compare images stay what they are. So n processes do what
+    one does up to the order of sums, but for BatchNorm, which sees one process's images (and running statistics are those of rank 0),
+    and dropout. From a stream, each process draws, augments and mixes batches of its own, and the gradients are averaged.
 
     Args:
-        classifier: with fresh weights.
-        real: training images uint8 (N, C, H, W) and labels int64 (N,).
+        classifier: with fresh weights; like all arguments but ``device`` and ``world``, the same on every rank.
+        real: training images uint8 (N, C, H, W) and labels int64 (N,), or a stream of them.
         val: the same for validation; only measured, never trained on.
         method, optimizer: what to do.
         seed: of batches, augmentation and mixing.
         mixed: images and soft labels for ``method.mixed``.
-        on_epoch: called after each epoch, counted from 1, with loss, learning rate and validation metrics.
-        save_state: called after each epoch with a state for ``storage.write_state``.
-        state: a state to go on from.
+        on_epoch: called on rank 0 after each epoch, counted from 1, with loss, learning rate and validation metrics.
+        save_state: called on rank 0 after each epoch with a state for ``storage.write_state``.
+        state: a state to go on from, of any number of processes and any device.
+        device: of this process.
+        world: this process and the others.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss is not finite; on every rank.
+        InputError: the state is of another network, or the batch cannot be shared evenly.
         ValueError: ``method.mixed`` and ``mixed`` do not come together.
     """
     if (method.mixed is None) != (mixed is None):
         raise ValueError("a mixed term needs mixed images and mixed images need a mixed term")
-    n_classes = len(classifier.spec.class_names)
-    step = _Step(classifier, method, optimizer, mixed, n_classes)
-    sgd = torch.optim.SGD(
-        classifier.parameters(), lr=optimizer.learning_rate, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay,
-        nesterov=optimizer.momentum > 0,
-    )  # fmt: skip
-    images, labels = real
+    if optimizer.batch_size % world.size:
+        raise InputError(
+            f"train.optimizer.batch_size: {optimizer.batch_size} images cannot be shared evenly by {world.size} workers"
+        )
+    classifier.to(device)
+    if optimizer.channels_last:
+        nn.Module.to(classifier, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = deepcopy(classifier).requires_grad_(False).eval() if optimizer.ema else None
+    kept = average or classifier
+    adapt = build_optimizer(classifier, optimizer)
+    if method.mixed and mixed:
+        mixed = replace(mixed, labels=soften(mixed.labels, method.mixed.temperature))
+    if isinstance(real, tuple):
+        rows = len(real[0])
+        real, mixed = _hold(real, mixed, optimizer, device)
+    else:
+        rows = real.rows
+    step = _Step(classifier, method, optimizer, mixed, device, world if isinstance(real, tuple) else ALONE, world)
     # A last batch of one image would break BatchNorm; images left over come first in no epoch for long, as each is shuffled anew.
-    per_epoch = max(1, len(images) // optimizer.batch_size)
-    start = 0
+    per_epoch = max(1, rows // optimizer.batch_size)
+    start, best = 0, None
     if state is not None:
-        start = state["epoch"]
-        classifier.load_state_dict(state["classifier"])
-        sgd.load_state_dict(state["sgd"])
+        start, best = _restore(state, classifier, average, adapt, step.loss)
 
     for epoch in range(start, optimizer.epochs):
-        draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(images), generator=draw)
+        local = 0 if isinstance(real, tuple) else world.rank
+        draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch + local * 2**40)
+        torch.manual_seed(seed * 1_000_003 + epoch + world.rank * 2**40)  # of dropout
         classifier.train()
-        total = 0.0
-        for number in range(per_epoch):
-            rate = optimizer.learning_rate * _one_cycle(epoch * per_epoch + number, optimizer.epochs * per_epoch)
-            for group in sgd.param_groups:
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for number, (images, labels) in enumerate(_batches(real, epoch, per_epoch, optimizer.batch_size, draw, device, world)):
+            rate = learning_rate(optimizer, epoch * per_epoch + number, per_epoch)
+            for group in adapt.param_groups:
                 group["lr"] = rate
-            batch = order[number * optimizer.batch_size : (number + 1) * optimizer.batch_size]
-            loss = step(images[batch], labels[batch], draw)
-            sgd.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(classifier.parameters(), optimizer.clip)
-            sgd.step()
-            total += loss.item()
-        if not math.isfinite(total):
-            raise FloatingPointError(f"training: loss is {total} in epoch {epoch + 1}; lower train.optimizer.learning_rate")
-        if on_epoch:
-            scores = evaluate(predict(classifier, val[0]), val[1], metrics=("accuracy", "nll", "ece"))
-            measured = {f"val_{name}": value for name, value in scores.items()}
-            on_epoch(epoch + 1, {"loss": total / per_epoch, "learning_rate": rate, **measured})
-        if save_state and epoch + 1 < optimizer.epochs:
-            save_state({"epoch": epoch + 1, "classifier": classifier.state_dict(), "sgd": sgd.state_dict()})
+            adapt.zero_grad(set_to_none=True)
+            total += step(images, labels, draw, epoch + number / per_epoch)
+            if optimizer.clip:
+                nn.utils.clip_grad_norm_(classifier.parameters(), optimizer.clip)
+            adapt.step()
+            if average is not None:
+                _update(average, classifier, optimizer.ema, epoch * per_epoch + number)
+        loss = _mean_loss(total, step.shared, world) / per_epoch
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"training: loss is {loss} in epoch {epoch + 1}; lower train.optimizer.learning_rate")
+        if on_epoch or optimizer.choose != "last" or step.loss.state_dict():
+            logits = from_first(predict(kept, val[0]) if world.rank == 0 else None, world)
+            step.loss.observe(logits.to(device), val[1].to(device))
+            scores = evaluate(logits, val[1], metrics=("accuracy", "nll", "ece"))
+            best = _better(best, scores, epoch + 1, kept, optimizer)
+            if on_epoch and world.rank == 0:
+                measured = {f"val_{name}": value for name, value in scores.items()}
+                on_epoch(epoch + 1, {"loss": loss, "learning_rate": rate, **measured})
+        if save_state and world.rank == 0 and epoch + 1 < optimizer.epochs:
+            states = {"classifier": classifier.state_dict(), "optimizer": adapt.state_dict(), "loss": step.loss.state_dict()}
+            averaged = None if average is None else average.state_dict()
+            save_state({"epoch": epoch + 1, **states, "average": averaged, "best": best})
+    classifier.load_state_dict(kept.state_dict() if best is None else best["weights"])
     return classifier.eval()
 
 
-def predict(classifier: Classifier, images: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def predict(classifier: Classifier, images: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
     """Logits float32 (N, K) of images uint8 (N, C, H, W), in evaluation mode, on the CPU."""
-    return in_batches(classifier.eval(), images)
+    device = classifier.mean.device
+    classifier.eval()
+    return torch.cat([classifier(to_device(batch, device)).float().cpu() for batch in images.split(batch_size)])
+
+
+class _Part(NamedTuple):
+    """Images that a step puts through the network, and the class probabilities (N, K) that they should get."""
+
+    images: torch.Tensor
+    target: torch.Tensor
 
 
 class _Step:
-    """The loss of one batch."""
+    """The loss of one batch and its gradients. ``shared``: the processes that share each batch; ``world``: those that share gradients."""
 
     def __init__(
-        self, classifier: Classifier, method: Method, optimizer: OptimizerConfig, mixed: MixedSet | None, n_classes: int
+        self,
+        classifier: Classifier,
+        method: Method,
+        optimizer: OptimizerConfig,
+        mixed: MixedSet | None,
+        device: torch.device,
+        shared: World,
+        world: World,
     ) -> None:
-        self.classifier, self.method, self.optimizer, self.mixed, self.n_classes = classifier, method, optimizer, mixed, n_classes
-        self.loss = build_loss(HARD, method.loss, method.parameters, "loss")
-        if method.mixed and mixed:
-            self.soft_loss = build_loss(SOFT, method.mixed.loss, {}, "mixed.loss")
-            self.schedule = Schedule(method.mixed.schedule, method.mixed.per_real, mixed, n_classes)
+        self.optimizer, self.mixed, self.term, self.shared = optimizer, mixed, method.mixed, shared
+        self.n_classes = len(classifier.spec.class_names)
+        self.device, self.dtype = device, dtype_of(optimizer.precision, classifier, device)
+        self.mean = classifier.mean.round().clamp(0, 255).byte()
+        self.loss = build_loss(HARD, method.loss, method.parameters, "loss").to(device)
+        self.mixing = build_pixel_mixing(method.mixing.kind, method.mixing.parameters, "mixing") if method.mixing else None
+        if self.term and mixed:
+            self.soft_loss = build_loss(SOFT, self.term.loss, {}, "mixed.loss")
+            self.schedule = Schedule(self.term.schedule, self.term.per_real, mixed, self.n_classes)
+        network: nn.Module = DistributedDataParallel(classifier) if world.size > 1 else classifier
+        self.network: Callable[[torch.Tensor], torch.Tensor] = torch.compile(network) if optimizer.compile else network
 
-    def __call__(self, images: torch.Tensor, labels: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        target = F.one_hot(labels, self.n_classes).float()
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, draw: torch.Generator, epoch: float) -> torch.Tensor:
+        """Add the gradients of the batch's loss, and return the loss. ``epoch`` has a fraction between two epochs."""
+        alone = self.term is not None and epoch < self.term.warm_start
+        real = [] if alone else self._real(images, labels, draw)
+        weight = 1.0 if alone else self.term.weight_at(epoch, self.optimizer.epochs) if self.term else 0.0
+        companions = [self._companions(self.term, labels, draw)] if self.term and weight > 0 else []
+        # One pass over all, so that BatchNorm sees the mixture on which the network is trained.
+        parts = [*real, *companions]
+        logits = self._forward(parts)
+        loss = torch.zeros((), device=self.device)
+        if companions:
+            loss = weight * self.soft_loss(logits[-1], parts[-1].target)
+        if len(real) == 2:
+            assert self.mixing is not None
+            loss = loss + self.mixing.loss(self.loss, logits[0], real[0].target, logits[1], real[1].target)
+        elif real:
+            loss = loss + self.loss(logits[0], real[0].target)
+        (loss * self.shared.size).backward()  # the mean over processes, each of which knows its own images' part of the gradient
+        return loss.detach()
+
+    def _real(self, images: torch.Tensor, labels: torch.Tensor, draw: torch.Generator) -> list[_Part]:
+        """The real images and, with pixel mixing, their mixtures, beside them or in their place."""
+        part = _Part(self._augment(images, draw), F.one_hot(labels, self.n_classes).float())
+        if self.mixing is None:
+            return [part]
+        mixture = _Part(*self.mixing.mix(*part, draw))
+        return [mixture] if self.mixing.replaces else [part, mixture]
+
+    def _companions(self, term: MixedTerm, labels: torch.Tensor, draw: torch.Generator) -> _Part:
+        assert self.mixed is not None
+        rows = self.schedule.draw(labels.cpu(), draw)
+        images = to_device(_take(self.mixed.images, rows), self.device)
+        return _Part(self._augment(images, draw), to_device(_take(self.mixed.labels, rows), self.device))
+
+    def _augment(self, images: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
         images = random_shift(images, self.optimizer.shift, draw)
-        if self.method.mixup > 0:
-            images, target = mixup(images, target, self.method.mixup, draw)
-        if not (self.method.mixed and self.mixed):
-            return self.loss(self.classifier(images), target)
-        rows = self.schedule.draw(labels, draw)
-        companions = random_shift(self.mixed.images[rows], self.optimizer.shift, draw)
-        # One pass over both, so that BatchNorm sees the mixture on which the network is trained.
-        logits = self.classifier(torch.cat([images, companions]))
-        hard = self.loss(logits[: len(images)], target)
-        soft = self.soft_loss(logits[len(images) :], self.mixed.labels[rows])
-        return hard + self.method.mixed.weight * soft
+        if self.optimizer.flip:
+            images = random_flip(images, draw)
+        return cutout(images, self.optimizer.cutout, self.mean, draw)
+
+    def _forward(self, parts: list[_Part]) -> list[torch.Tensor]:
+        """Logits float32 of each part, all of its rows; those of other processes without gradient."""
+        rank, size = self.shared
+        images = torch.cat([part.images[rank::size] for part in parts])
+        if self.optimizer.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.network(images).float()
+        own = logits.split([len(part.images[rank::size]) for part in parts])
+        return [_gather(mine, len(part.images), self.shared) for mine, part in zip(own, parts, strict=True)]
 
 
-def _one_cycle(step: int, steps: int) -> float:
-    """Share of the learning rate: linear up over the first tenth of the steps, then a cosine down to 0."""
-    rise = max(1, steps // 10)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+def _batches(
+    real: Split | Stream, epoch: int, per_epoch: int, size: int, draw: torch.Generator, device: torch.device, world: World
+) -> Iterator[Split]:
+    """The ``per_epoch`` batches of ``epoch``, on ``device``."""
+    if isinstance(real, tuple):
+        images, labels = real
+        order = torch.randperm(len(images), generator=draw)
+        for rows in order[: per_epoch * size].split(size):
+            yield to_device(_take(images, rows), device), to_device(_take(labels, rows), device)
+    else:
+        stream = real.batches(epoch, size // world.size)
+        for _ in range(per_epoch):
+            images, labels = next(stream)
+            yield to_device(images, device), to_device(labels, device)
+
+
+def _hold(real: Split, mixed: MixedSet | None, optimizer: OptimizerConfig, device: torch.device) -> tuple[Split, MixedSet | None]:
+    """The images where they wait for their batches."""
+    pixels = real[0].numel() + (0 if mixed is None else mixed.images.numel())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    where = device if optimizer.hold == "device" or (optimizer.hold == "auto" and pixels < HELD_SHARE * free) else CPU
+    if mixed is not None:
+        mixed = replace(mixed, images=mixed.images.to(where), labels=mixed.labels.to(where))
+    return (real[0].to(where), real[1].to(where)), mixed
+
+
+def _take(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return tensor[rows.to(tensor.device)]
+
+
+def _gather(own: torch.Tensor, count: int, world: World) -> torch.Tensor:
+    """All ``count`` rows, of which rank r has rows r, r + size, ...; only ``own`` carry gradients."""
+    if world.size == 1:
+        return own
+    most = -(-count // world.size)
+    padded = F.pad(own.detach(), (0, 0, 0, most - len(own)))
+    parts = [torch.empty_like(padded) for _ in range(world.size)]
+    distributed.all_gather(parts, padded)
+    full = torch.stack(parts, dim=1).flatten(0, 1)[:count]  # (most, size, K) -> rows in order
+    place = torch.zeros(count, dtype=torch.bool, device=own.device)
+    place[world.rank :: world.size] = True
+    return full.masked_scatter(place[:, None], own)
+
+
+def _mean_loss(total: torch.Tensor, shared: World, world: World) -> float:
+    """The loss that all processes agree on: they have the same if they shared the batches, else the mean."""
+    if world.size > shared.size:
+        distributed.all_reduce(total)
+        total /= world.size
+    return total.item()
+
+
+def _update(average: Classifier, classifier: Classifier, decay: float, step: int) -> None:
+    """Exponential moving average; in the beginning it forgets faster, so that the random start does not linger."""
+    decay = min(decay, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(decay)(list(average.parameters()), list(classifier.parameters()), 0)
+    for kept, new in zip(average.buffers(), classifier.buffers(), strict=True):
+        kept.copy_(new)
+
+
+def _better(
+    best: dict[str, Any] | None, scores: dict[str, float], epoch: int, classifier: Classifier, optimizer: OptimizerConfig
+) -> dict[str, Any] | None:
+    """The epoch to keep after ``epoch`` was measured; None if it is the last, whatever it measures."""
+    if optimizer.choose == "last":
+        return None
+    value = scores["nll"] if optimizer.choose == "val-nll" else -scores["accuracy"]
+    if best is not None and best["value"] <= value:
+        return best
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in classifier.state_dict().items()}
+    return {"value": value, "epoch": epoch, "weights": weights}
+
+
+def _restore(
+    state: dict[str, Any], classifier: Classifier, average: Classifier | None, adapt: torch.optim.Optimizer, loss: nn.Module
+) -> tuple[int, dict[str, Any] | None]:
+    """Load ``state``; give the epochs that are done, and the best one so far."""
+    try:
+        classifier.load_state_dict(state["classifier"])
+        if average is not None:
+            average.load_state_dict(state["average"])
+        adapt.load_state_dict(state["optimizer"])
+        loss.load_state_dict(state["loss"])
+        return state["epoch"], state["best"]
+    except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the saved state is of another network, optimiser or loss ({reason}): remove it to start from zero"
+        ) from None

@@ -16,16 +16,18 @@ from cluster.resources import ResourcesConfig
 from csm.classifiers import NETWORKS
 from csm.datasets import DATASETS
 from csm.errors import InputError
-from csm.generators.acceleration import Precision
 from csm.generators.conditioning import OPERATORS
 from csm.generators.config import GeneratorConfig
 from csm.losses import HARD, SOFT, build_loss
+from csm.methods import Method
+from csm.optimization import OptimizerConfig
 from csm.parameters import check_name, check_parameters, expected
+from csm.pixel_mixing import build_pixel_mixing
 from csm.planning import PlanConfig, ratio_grid
 from csm.posthoc import POSTHOC
+from csm.precision import Precision
 from csm.sampling import SamplerConfig
 from csm.schedules import SCHEDULES
-from csm.training import Method, OptimizerConfig
 from flows.annotators import AnnotateConfig, check_annotators, check_asked
 
 STRICT = ConfigDict(extra="forbid")
@@ -51,10 +53,17 @@ class MixConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-    """Classifiers to train: every method of ``compare`` (empty: all) with seeds 0..seeds-1."""
+    """Classifiers to train: every method of ``compare`` (empty: all of ``methods``) with seeds 0..seeds-1.
+
+    Attributes:
+        loss: train one method alone: the one of this name, or plain training with the loss of this name.
+        workers: that train each classifier together, sharing its batches; with one, each trains classifiers of its own.
+    """
 
     methods: dict[str, Method]
     compare: tuple[str, ...] = ()
+    loss: str | None = None
+    workers: int = Field(default=1, ge=1)
     seeds: int = Field(default=3, ge=1)
     network: str = "small-cnn"
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -62,6 +71,8 @@ class TrainConfig:
 
     @property
     def chosen(self) -> dict[str, Method]:
+        if self.loss is not None:
+            return {self.loss: self.methods.get(self.loss, Method(description=f"Loss {self.loss}", loss=self.loss))}
         return {name: self.methods[name] for name in self.compare or self.methods}
 
 
@@ -250,16 +261,32 @@ def _check_names(config: Config) -> Config:
         check_name("evaluate.posthoc", name, POSTHOC)
     for name in config.train.compare:
         check_name("train.compare", name, config.train.methods)
-    for name, method in config.train.methods.items():
-        where = f"train.methods.{name}"
-        build_loss(HARD, method.loss, dict(method.parameters), where + (".parameters" if method.loss in HARD else ".loss"))
-        if method.mixed:
-            check_name(f"{where}.mixed.loss", method.mixed.loss, SOFT)
-            check_name(f"{where}.mixed.schedule", method.mixed.schedule, SCHEDULES)
-            if name in config.train.chosen and method.mixed.annotator is not None:
-                check_asked(annotate, f"{where}.mixed.annotator", method.mixed.annotator)
+    if config.train.loss is not None:
+        check_name("train.loss", config.train.loss, {**config.train.methods, **HARD})
+    optimizer = config.train.optimizer
+    if optimizer.schedule == "multi-step" and not optimizer.milestones:
+        raise InputError("train.optimizer.milestones: missing; schedule multi-step needs the epochs after which the rate falls")
+    if optimizer.batch_size % config.train.workers:
+        raise InputError(
+            f"train.workers: {config.train.workers} workers cannot share batches of {optimizer.batch_size} images evenly; "
+            "change it or train.optimizer.batch_size"
+        )
+    for name, method in (config.train.methods | config.train.chosen).items():
+        _check_method(config, name, method, annotate)
     train = replace(config.train, parameters=parameters)
     return replace(config, data={"source": source, **data}, train=train, annotate=annotate)
+
+
+def _check_method(config: Config, name: str, method: Method, annotate: AnnotateConfig) -> None:
+    where = f"train.methods.{name}"
+    build_loss(HARD, method.loss, dict(method.parameters), where + (".parameters" if method.loss in HARD else ".loss"))
+    if method.mixing:
+        build_pixel_mixing(method.mixing.kind, method.mixing.parameters, f"{where}.mixing")
+    if method.mixed:
+        check_name(f"{where}.mixed.loss", method.mixed.loss, SOFT)
+        check_name(f"{where}.mixed.schedule", method.mixed.schedule, SCHEDULES)
+        if name in config.train.chosen and method.mixed.annotator is not None:
+            check_asked(annotate, f"{where}.mixed.annotator", method.mixed.annotator)
 
 
 def _explain(errors: Sequence[Any]) -> str:

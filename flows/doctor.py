@@ -19,10 +19,11 @@ from csm.generators import GENERATORS
 from csm.generators.conditioning import OPERATORS
 from csm.losses import HARD, SOFT
 from csm.metrics import METRICS
+from csm.pixel_mixing import PIXEL_MIXING
 from csm.reannotation import CALIBRATORS, HEADS
 from csm.schedules import SCHEDULES
 from flows.annotators import ENSEMBLE
-from flows.config import config_names
+from flows.config import config_names, load_config
 from flows.report import machine
 
 PACKAGES = ("torch", "diffusers", "ray", "mlflow", "polars", "pyarrow", "pydantic", "safetensors", "click")
@@ -46,12 +47,14 @@ def diagnose(workspace: Path, address: str) -> dict[str, Any]:
         "datasets": list(DATASETS),
         "generators": list(GENERATORS),
         "operators": list(OPERATORS),
+        "annotators": list(load_config("default").annotate.annotators),
         "encoders": list(ENCODERS),
         "heads": [*HEADS, ENSEMBLE],
         "calibrators": list(CALIBRATORS),
         "networks": list(NETWORKS),
         "losses": list(HARD),
         "soft_losses": list(SOFT),
+        "mixing": list(PIXEL_MIXING),
         "schedules": list(SCHEDULES),
         "metrics": list(METRICS),
         "problems": problems,
@@ -71,12 +74,14 @@ def show(findings: dict[str, Any]) -> None:
         "datasets",
         "generators",
         "operators",
+        "annotators",
         "encoders",
         "heads",
         "calibrators",
         "networks",
         "losses",
         "soft_losses",
+        "mixing",
         "schedules",
         "metrics",
     )

@@ -74,7 +74,7 @@ def compared(config: Config) -> list[Method]:
 
 def training_cost(workspace: Workspace, config: Config) -> dict[str, float]:
     """Device-seconds that training one classifier of each method took, mean over seeds: GPUs if the workers have any, else CPU cores."""
-    devices = config.resources.train.gpus or config.resources.train.cpus
+    devices = config.train.workers * (config.resources.train.gpus or config.resources.train.cpus)
     costs = {}
     for name in config.train.chosen:
         records = [storage.read_json(workspace.run(f"{name}-seed{seed}") / "run.json") for seed in range(config.train.seeds)]

@@ -6,8 +6,8 @@ from typing import Any
 
 from csm import storage
 from csm.datasets import RealDataset
+from csm.methods import Method
 from csm.runs import RunSpec
-from csm.training import Method
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.stages import Context, Made, Stage

@@ -39,7 +39,7 @@ def shift_metrics(workspace: Workspace) -> pl.DataFrame:
 
 
 def shift_tables(metrics: pl.DataFrame, methods: Sequence[Method]) -> list[ShiftTable]:
-    """A table for each shift set, as trained and with the fitted temperature: method x (metric, severity), means over corruptions and seeds.
+    """A table for each shift set, as trained and with the fitted temperature: means over corruptions and seeds.
 
     Args:
         metrics: columns of ``csm.tables.SHIFT_METRICS``; values as fractions.

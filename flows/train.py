@@ -34,7 +34,7 @@ def run_specs(context: Context) -> list[RunSpec]:
                     calibration=(workspace.annotator(annotator) / "calibration.json").absolute(),
                 )
             settings = {**asdict(method), "description": ""}
-            common = [train.network, train.parameters, asdict(train.optimizer), seed]
+            common = [train.network, train.parameters, asdict(train.optimizer), train.workers, seed]
             spec = RunSpec(
                 run=f"{name}-seed{seed}",
                 method=name,
@@ -69,7 +69,7 @@ def _settings(config: Config) -> dict[str, Any]:
 STAGE = Stage(
     name="train",
     unit="classifiers",
-    code_version=1,
+    code_version=2,
     inputs=("prepare", "annotate"),
     settings=_settings,
     outputs=lambda workspace, config: [

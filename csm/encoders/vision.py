@@ -9,7 +9,7 @@ from torch import nn
 
 from csm.encoders.preprocessing import Preprocessing, preprocess
 from csm.errors import InputError
-from csm.generators.acceleration import best_dtype
+from csm.precision import best_dtype
 
 BATCH = 128  # images in the network together
 FAITHFUL = 0.999  # cosine between a feature and the same in bfloat16

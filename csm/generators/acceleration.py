@@ -1,30 +1,15 @@
 """A generator on its device, in the precision and memory layout in which that device is fast."""
 
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from csm.errors import InputError
 from csm.generators import Generator
+from csm.precision import Precision, dtype_of
 
-Precision = Literal["auto", "float32", "bfloat16"]
 G = TypeVar("G", bound=Generator)
-
-
-# Below, the time of a network on a CPU goes into the calls, not the arithmetic, and bfloat16 makes it slower (measured: 4 times for the
-# demo's 0.1 million parameters).
-SMALL = 5_000_000
-
-
-def best_dtype(network: nn.Module, device: torch.device) -> torch.dtype:
-    """bfloat16 where ``device`` multiplies it in hardware and ``network`` is large enough to gain by it, else float32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        large = sum(weight.numel() for weight in network.parameters()) >= SMALL
-        fast = large and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def accelerate(generator: G, device: str = "cpu", precision: Precision = "auto", compiled: bool = False) -> G:
@@ -49,7 +34,7 @@ def accelerate(generator: G, device: str = "cpu", precision: Precision = "auto",
     network = generator.network
     if network is None:
         return generator
-    dtype = best_dtype(network, where) if precision == "auto" else getattr(torch, precision)
+    dtype = dtype_of(precision, network, where)
     layout = torch.preserve_format if dtype == torch.float32 and where.type == "cpu" else torch.channels_last
     nn.Module.to(network, dtype=dtype, memory_format=layout)  # type: ignore[call-overload]  # diffusers' own `to` warns
     if where.type == "cuda":

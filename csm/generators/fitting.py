@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
@@ -15,24 +15,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from csm import storage
 from csm.datasets import RealDataset
-from csm.errors import InputError
 from csm.generators.config import GeneratorConfig
 from csm.generators.unet import UNetGenerator, UNetSpec
+from csm.world import ALONE, CPU, World, from_first, to_device, together
 
-T = TypeVar("T")
 OnStep = Callable[[int, float], None]
-CPU = torch.device("cpu")
 CUDA_REPORT_STEPS = 10  # reading a loss waits for the device, which should have the next steps queued meanwhile
-
-
-class World(NamedTuple):
-    """Which of how many processes this one is; with more than one, ``torch.distributed`` is initialised."""
-
-    rank: int = 0
-    size: int = 1
-
-
-ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -76,7 +64,7 @@ def fit_job(job: FitJob, on_step: OnStep | None = None, device: torch.device = C
             state = None  # it was interrupted under other settings
         return RealDataset.load(job.data), state
 
-    data, state = _together(read, world)
+    data, state = together(read, world)
     images, labels = data.split("train")
     losses: list[float] = []
 
@@ -91,7 +79,7 @@ def fit_job(job: FitJob, on_step: OnStep | None = None, device: torch.device = C
     for step, loss in enumerate(state["losses"] if state else [], start=1):
         record(step, loss)
     # From rank 0 rather than read by each: a network file system may show an older file on another node.
-    training = _from_first(state["training"] if state else None, world)
+    training = from_first(state["training"] if state else None, world)
     generator = fit_generator(images, labels, data.info.n_classes, job.config, record, save_state, training, device, world)
     if world.rank == 0:
         generator.save(job.directory)
@@ -223,7 +211,7 @@ def _backward(
         # Gradients travel once for each step, with the last part.
         waits = isinstance(network, DistributedDataParallel) and part is not parts[-1]
         with network.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            images, labels, sigma, noise = (_to_device(column, device) for column in part)
+            images, labels, sigma, noise = (to_device(column, device) for column in part)
             clean = _to_float(images)
             noisy = clean + sigma.view(-1, 1, 1, 1) * noise
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
@@ -246,40 +234,9 @@ def _means(losses: list[torch.Tensor], world: World) -> list[float]:
     return values
 
 
-def _together(read: Callable[[], T], world: World) -> T:
-    """What ``read()`` gives. If it cannot on one rank, all ranks raise that error, instead of waiting for the one."""
-    if world.size == 1:
-        return read()
-    value, error = None, None
-    try:
-        value = read()
-    except InputError as caught:
-        error = caught
-    errors: list[InputError | None] = [None] * world.size
-    distributed.all_gather_object(errors, error)
-    for found in errors:
-        if found is not None:
-            raise found
-    return value  # type: ignore[return-value]
-
-
-def _from_first(value: Any, world: World) -> Any:
-    """Rank 0's ``value``, on every rank."""
-    if world.size == 1:
-        return value
-    box = [value]
-    distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def _to_float(images: torch.Tensor) -> torch.Tensor:
     """uint8 images as float32 in [-1, 1]."""
     return images.float().div_(127.5).sub_(1)
-
-
-def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``tensor`` on ``device``, without waiting for what the device has yet to do."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _schedule(step: int, steps: int) -> float:

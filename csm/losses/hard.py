@@ -1,29 +1,40 @@
 """Losses for labelled images: ``loss(logits, target, **parameters) -> scalar``.
 
 ``logits`` is float (N, K); ``target`` float (N, K) holds one row of class probabilities per image: one-hot for a label, mixed for a
-pixel mix. With p = softmax(logits) and target t, every loss is the mean over the batch.
+pixel mix. With p = softmax(logits) and target t, every loss is the mean over the batch, computed in float32 at least.
 """
 
 import torch
 import torch.nn.functional as F
 
+from csm.losses.loss import NonNegative, Share, widen
+
 
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """-sum_k t_k log p_k."""
-    return F.cross_entropy(logits, target)
+    logits = widen(logits)
+    return F.cross_entropy(logits, target.to(logits.dtype))
 
 
-def label_smoothing(logits: torch.Tensor, target: torch.Tensor, alpha: float = 0.05) -> torch.Tensor:
+def label_smoothing(logits: torch.Tensor, target: torch.Tensor, alpha: Share = 0.05) -> torch.Tensor:
     """(1 - alpha) CE(t) + alpha CE(uniform), alpha in [0, 1] (Szegedy et al. 2016, section 7)."""
-    return F.cross_entropy(logits, target, label_smoothing=alpha)
+    logits = widen(logits)
+    return F.cross_entropy(logits, target.to(logits.dtype), label_smoothing=alpha)
 
 
-def focal(logits: torch.Tensor, target: torch.Tensor, gamma: float = 3.0) -> torch.Tensor:
-    """-sum_k t_k (1 - p_k)^gamma log p_k, gamma >= 0 (Lin et al. 2017, eq. 4; gamma = 3 for calibration: Mukhoti et al. 2020).
+def brier(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Expected Brier score of a label drawn from t: sum_y t_y sum_k (p_k - 1[k = y])^2 = sum_k p_k^2 - 2 p_k t_k + 1, in [0, 2].
 
-    At p_k = 1 the term is 0.
+    For a label, the score of Brier (1950). For a soft target it is ``soft.l2`` + 1 - sum_k t_k^2: the same gradient, hence the same
+    training, but on the scale of the metric, so that its least value is the uncertainty of the label and not 0.
     """
-    log_probs = F.log_softmax(logits, dim=1)
-    # 0 ** gamma has no gradient for gamma < 1, and a float32 softmax soon saturates to p = 1.
-    weight = (-torch.expm1(log_probs)).clamp_min(torch.finfo(log_probs.dtype).tiny) ** gamma
-    return -(target * weight * log_probs).sum(dim=1).mean()
+    target = widen(target)
+    apart = (widen(logits).softmax(dim=1) - target).square().sum(dim=1)
+    return (apart + 1 - target.square().sum(dim=1)).mean()
+
+
+def entropy_penalty(logits: torch.Tensor, target: torch.Tensor, weight: NonNegative = 0.1) -> torch.Tensor:
+    """CE - weight H(p), H(p) = -sum_k p_k log p_k in [0, log K] (Pereyra et al. 2017). May be negative, down to -weight log K."""
+    log_probs = F.log_softmax(widen(logits), dim=1)
+    entropy = -(log_probs.exp() * log_probs).sum(dim=1).mean()
+    return cross_entropy(logits, target) - weight * entropy

@@ -47,7 +47,7 @@ def bin_samples(confidence: Tensor, outcome: Tensor, n_bins: int = 15, scheme: S
         raise ValueError(f"n_bins must be an int > 0, got {n_bins!r}")
     confidence, outcome = check_samples(confidence, outcome)
     if scheme == "equal-width":
-        index = _equal_width(confidence, n_bins)
+        index = bin_indices(confidence, n_bins)
     elif scheme == "equal-mass":
         index = _equal_mass(confidence, n_bins)
     else:
@@ -75,7 +75,8 @@ def check_samples(confidence: Tensor, outcome: Tensor) -> tuple[Tensor, Tensor]:
     return unit_interval(confidence, "confidence"), unit_interval(outcome, "outcome")
 
 
-def _equal_width(confidence: Tensor, n_bins: int) -> Tensor:
+def bin_indices(confidence: Tensor, n_bins: int) -> Tensor:
+    """Index int64 in 0..n_bins-1 of the equal-width bin of each confidence float64 in [0, 1]; same shape."""
     # Inner edges only: left of the first lies bin 0 (with 0), right of the last lies the last bin (with 1).
     # Each edge is one rounded quotient, so a float64 b/n_bins lies on it; linspace misses some by an ulp.
     edges = torch.arange(1, n_bins, dtype=torch.float64, device=confidence.device) / n_bins

@@ -99,7 +99,9 @@ def apply_posthoc(logits: Tensor, posthoc: Posthoc) -> Tensor:
     kind = POSTHOC[posthoc.name]
     if kind.per_class and len(posthoc.values[kind.per_class]) != logits.shape[1]:
         fitted = len(posthoc.values[kind.per_class])
-        raise InputError(f"posthoc {posthoc.name} was fitted for {fitted} classes, got logits of {logits.shape[1]}: evaluate again")
+        raise InputError(
+            f"posthoc {posthoc.name} was fitted for {fitted} classes, got logits of {logits.shape[1]}: evaluate again"
+        )
     return kind.apply(logits.double(), posthoc.values)
 
 

@@ -80,12 +80,13 @@ def _values(z: Tensor, labels: Tensor) -> tuple[dict[str, Any], str]:
     temperature, note = fit_scaled_temperature(z, labels)
     k = z.shape[1]
     if note:
-        affine = torch.eye(k, k + 1, dtype=torch.float64, device=z.device) / temperature
-        return {"matrix": affine.tolist(), "strength": None}, f"{note}; temperature scaling instead"
+        scaling = torch.eye(k, k + 1, dtype=torch.float64, device=z.device) / temperature
+        return {"matrix": scaling.tolist(), "strength": None}, f"{note}; temperature scaling instead"
     order = torch.argsort(labels, stable=True)
     held_out = torch.zeros(len(labels), dtype=torch.bool, device=z.device)
     held_out[order[::FOLDS]] = True  # in order of class, every fifth: as stratified as can be
-    best, least, affine = STRENGTHS[0], float("inf"), None
+    best, least = STRENGTHS[0], float("inf")
+    affine: Tensor | None = None
     for strength in STRENGTHS:
         affine = fit_affine(z[~held_out], labels[~held_out], strength, temperature, affine)
         log_probs = _map(z[held_out], affine)

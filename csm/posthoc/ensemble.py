@@ -1,4 +1,4 @@
-"""Ensemble temperature scaling (Zhang, Kailkhura & Han, "Mix-n-Match", ICML 2020, sec. 3.2)."""
+"""Mixtures of predictions, and ensemble temperature scaling (Zhang, Kailkhura & Han, "Mix-n-Match", ICML 2020, sec. 3.2)."""
 
 import math
 from collections.abc import Mapping
@@ -9,25 +9,28 @@ from torch import Tensor
 
 from csm.posthoc.temperature import apply_temperature, fit_scaled_temperature
 
+TOLERANCE, MAX_STEPS = 1e-6, 10_000
 
-def fit_mixture(log_likelihoods: Tensor) -> Tensor:
-    """Weights on the simplex, float64 (M,), of the mixture sum_m w_m exp(l_nm) of greatest mean log-likelihood.
 
-    Expectation-maximisation, which never makes it worse and, as the problem is concave, ends at its maximum.
+def pool_weights(log_likelihoods: Tensor) -> Tensor:
+    """Weights w on the simplex of greatest ``mean_i log sum_m w_m L_im``, by EM from equal weights (Dempster et al. 1977).
+
+    The likelihood is concave and never falls from step to step. At the end it is within 1e-6 nats of its maximum: that is at most
+    ``max_m mean_i (L_im / sum_j w_j L_ij) - 1`` away (its tangent). Should 10,000 steps not suffice, within ``log(M) / 10000``.
 
     Args:
-        log_likelihoods: l (N, M), log-probability that member m gives to the label of image n.
+        log_likelihoods: log L float64 (N, M), of N labels by M members.
+
+    Returns:
+        float64 (M,).
     """
-    likelihoods = (log_likelihoods - log_likelihoods.amax(dim=1, keepdim=True)).double().exp()
-    weights = torch.full_like(likelihoods[0], 1 / likelihoods.shape[1])
-    for _ in range(1000):
-        mixed = likelihoods * weights
-        updated = (mixed / mixed.sum(dim=1, keepdim=True)).mean(dim=0)
-        done = bool((updated - weights).abs().max() < 1e-9)
-        weights = updated
-        if done:
+    weights = torch.full_like(log_likelihoods[0], 1 / log_likelihoods.shape[1])
+    for _ in range(MAX_STEPS):
+        gain = (log_likelihoods - (log_likelihoods + weights.log()).logsumexp(dim=1, keepdim=True)).exp().mean(dim=0)
+        if gain.max() <= 1 + TOLERANCE:
             break
-    return weights
+        weights = weights * gain
+    return weights / weights.sum()
 
 
 def ensemble_values(logits: Tensor, labels: Tensor) -> tuple[dict[str, Any], str]:
@@ -35,7 +38,7 @@ def ensemble_values(logits: Tensor, labels: Tensor) -> tuple[dict[str, Any], str
     temperature, note = fit_scaled_temperature(logits, labels)
     members = _members(logits, temperature)
     own = labels[:, None, None].expand(-1, 3, 1)
-    return {"temperature": temperature, "weights": fit_mixture(members.gather(2, own).squeeze(2)).tolist()}, note
+    return {"temperature": temperature, "weights": pool_weights(members.gather(2, own).squeeze(2)).tolist()}, note
 
 
 def mix_temperatures(logits: Tensor, values: Mapping[str, Any]) -> Tensor:

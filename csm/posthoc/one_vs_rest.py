@@ -75,4 +75,8 @@ def _normalised(probs: Tensor) -> Tensor:
 
 def _absent(labels: Tensor, n_classes: int) -> str:
     missing = n_classes - len(labels.unique())
-    return f"{missing} of {n_classes} classes have no validation image: theirs is the least probability that was fitted" if missing else ""
+    return (
+        f"{missing} of {n_classes} classes have no validation image: theirs is the least probability that was fitted"
+        if missing
+        else ""
+    )

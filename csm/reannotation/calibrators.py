@@ -18,7 +18,6 @@ from csm.posthoc import (
     fit_temperature,
     fit_vector,
 )
-
 from csm.posthoc.one_vs_rest import log_odds
 
 PAPER_SCALE = 4.0  # Luo et al. 2025

@@ -10,8 +10,9 @@ from cluster.resources import Group
 from cluster.training import RunEvent, fit_many
 from csm import storage
 from csm.errors import InputError
+from csm.methods import Method, MixedTerm
+from csm.optimization import OptimizerConfig
 from csm.runs import MixedSource, RunSpec, fit_run, is_finished
-from csm.training import Method, MixedTerm, OptimizerConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session", "one_thread")]
 

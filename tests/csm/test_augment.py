@@ -1,8 +1,7 @@
 import pytest
 import torch
-from torch.nn.functional import one_hot
 
-from csm.augment import mixup, random_shift
+from csm.augment import cutout, random_flip, random_shift
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -63,50 +62,31 @@ def test_shift_depends_on_the_generator_alone() -> None:
     assert not torch.equal(random_shift(images, 2, draw(4)), first)
 
 
-def test_mixup_mixes_images_as_it_mixes_targets() -> None:
-    images = torch.randint(0, 256, (6, 2, 3, 3), generator=draw()).to(torch.uint8)
-    seen = set()
-    for seed in range(20):
-        mixed, target = mixup(images, torch.eye(6), 1.0, draw(seed))
-        assert mixed.dtype == torch.float32
-        # Targets are r * I + (1 - r) * a permutation: with an identity for labels they tell who was mixed with whom.
-        expected = torch.einsum("ij,jchw->ichw", target.double(), images.double())
-        assert torch.allclose(mixed.double(), expected, atol=1e-3)
-        assert torch.allclose(target.sum(dim=1), torch.ones(6))
-        assert torch.allclose(target.sum(dim=0), torch.ones(6))  # everyone is used once as itself and once as a partner
-        ratios = {round(value, 5) for value in target.diagonal().tolist() if value < 0.99999}
-        assert len(ratios) <= 1  # one ratio for the batch
-        seen |= ratios
-    assert len(seen) > 10
+def test_a_flip_mirrors_about_half() -> None:
+    images = torch.arange(200 * 6, dtype=torch.int32).view(200, 1, 2, 3)
+    flipped = random_flip(images, torch.Generator().manual_seed(0))
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(dim=1)
+    same = (flipped == images).flatten(1).all(dim=1)
+    assert bool((mirrored ^ same).all())
+    assert 70 < int(mirrored.sum()) < 130
+    assert torch.equal(flipped, random_flip(images, torch.Generator().manual_seed(0)))
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
-def test_the_ratio_is_drawn_from_the_beta_distribution(alpha: float) -> None:
-    # Of two images, half the permutations change nothing; row 0 of the others holds the ratio.
-    targets = [mixup(torch.zeros(2, 1, 1, 1), torch.eye(2), alpha, draw(seed))[1][0, 0].item() for seed in range(2000)]
-    ratios = torch.tensor([value for value in targets if value != 1.0])
-    assert ratios.mean().item() == pytest.approx(0.5, abs=0.03)
-    assert ratios.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
+@pytest.mark.parametrize("side", [1, 2, 5])
+def test_cutout_covers_a_square_that_may_hang_over_the_edge(side: int) -> None:
+    images = torch.full((300, 2, 6, 7), 200, dtype=torch.uint8)
+    fill = torch.tensor([3, 4], dtype=torch.uint8).view(1, 2, 1, 1)
+    covered = cutout(images, side, fill, torch.Generator().manual_seed(0))
+    hole = covered[:, 0] == 3  # (N, H, W)
+    assert torch.equal(hole, covered[:, 1] == 4)
+    assert bool(((covered[:, 0] == 200) | hole).all())
+    rows, columns = hole.any(dim=2).sum(dim=1), hole.any(dim=1).sum(dim=1)
+    assert torch.equal(rows * columns, hole.sum(dim=(1, 2)))  # a rectangle
+    assert int(rows.max()) == int(columns.max()) == side
+    assert int(rows.min()) >= 1
+    assert side == 1 or int(rows.min()) < side
 
 
-def test_mixup_depends_on_the_generator_alone() -> None:
-    images, target = torch.rand(5, 1, 2, 2, generator=draw()), one_hot(torch.arange(5), 5).float()
-    torch.manual_seed(1)
-    first = mixup(images, target, 0.4, draw(8))
-    torch.manual_seed(2)
-    again = mixup(images, target, 0.4, draw(8))
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-
-
-def test_one_image_is_mixed_with_itself() -> None:
-    image, target = torch.rand(1, 1, 2, 2, generator=draw()), torch.tensor([[0.2, 0.8]])
-    mixed, label = mixup(image, target, 0.4, draw())
-    assert torch.allclose(mixed, image)
-    assert torch.allclose(label, target)
-
-
-@pytest.mark.parametrize("alpha", [0.0, -1.0])
-def test_alpha_must_be_positive(alpha: float) -> None:
-    with pytest.raises(ValueError, match=f"alpha must be > 0, got {alpha}"):
-        mixup(torch.zeros(2, 1, 1, 1), torch.eye(2), alpha, draw())
+def test_cutout_of_nothing_covers_nothing() -> None:
+    images = torch.full((3, 1, 4, 4), 200, dtype=torch.uint8)
+    assert cutout(images, 0, torch.zeros(1, 1, 1, 1, dtype=torch.uint8), torch.Generator()) is images

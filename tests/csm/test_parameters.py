@@ -1,7 +1,12 @@
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import pytest
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from csm.errors import InputError
 from csm.parameters import check_parameters
@@ -66,3 +71,34 @@ def test_without_settings_none_is_allowed() -> None:
     with pytest.raises(InputError, match=r"here.value: no such setting; allowed: size"):
         check_parameters(bare, {"value": 1}, "here")
     assert check_parameters(bare, {}, "here") == {}
+
+
+def ranged(data: torch.Tensor, share: Annotated[float, Field(ge=0, le=1)] = 0.5, count: Annotated[int, Field(ge=1)] = 1) -> None:
+    """A function whose settings have ranges."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The same as a dataclass of the standard library."""
+
+    share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    count: Annotated[int, Field(ge=1)] = 1
+    kind: ClassVar[str] = "none"
+
+
+@pydantic_dataclass(frozen=True)
+class CheckedSettings(Settings):
+    """And of pydantic, whose ``__init__`` has no hints; inherited fields are settings too."""
+
+    label: str = ""
+
+
+@pytest.mark.parametrize("target", [ranged, Settings, CheckedSettings])
+def test_a_range_is_part_of_the_hint(target: Callable[..., object]) -> None:
+    assert check_parameters(target, {"share": 1, "count": "3"}, "here") == {"share": 1.0, "count": 3}
+    with pytest.raises(InputError, match=r"^here.share: expected a number less than or equal to 1, got 1.5$"):
+        check_parameters(target, {"share": 1.5}, "here")
+    with pytest.raises(InputError, match=r"^here.count: expected a number greater than or equal to 1, got 0$"):
+        check_parameters(target, {"count": 0}, "here")
+    with pytest.raises(InputError, match=r"^here.kind: no such setting; allowed: share, count"):
+        check_parameters(target, {"kind": "some"}, "here")

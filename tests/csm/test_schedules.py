@@ -1,3 +1,6 @@
+import math
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -6,7 +9,7 @@ import torch
 from csm import tables
 from csm.errors import InputError
 from csm.planning import PlanConfig, make_plan
-from csm.schedules import SCHEDULES, MixedSet, Schedule
+from csm.schedules import SCHEDULES, MixedSet, Schedule, soften
 
 SHAPE = (1, 4, 1)
 CLASSES = 4
@@ -230,3 +233,38 @@ def test_labels_and_images_have_the_types_of_training() -> None:
     assert mixed.labels.dtype == torch.float32
     assert mixed.images.dtype == torch.uint8
     assert torch.equal(mixed.images, tables.to_images(tables.from_images(mixed.images), SHAPE))
+
+
+def test_ambiguity_draws_in_proportion_to_the_entropy_of_the_label() -> None:
+    mixed = mixed_set()
+    labels = torch.zeros(len(mixed.images), CLASSES)
+    labels[:, 0] = 1.0
+    labels[2] = torch.tensor([0.5, 0.5, 0.0, 0.0])
+    labels[7] = torch.tensor([0.9, 0.05, 0.05, 0.0])
+    schedule = Schedule("ambiguity", 1, replace(mixed, labels=labels), CLASSES)
+    drawn = schedule.draw(torch.zeros(20_000, dtype=torch.int64), torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == {2, 7}
+    first, second = math.log(2), -(0.9 * math.log(0.9) + 0.1 * math.log(0.05))
+    assert (drawn == 2).double().mean().item() == pytest.approx(first / (first + second), abs=0.01)
+
+
+def test_ambiguity_without_any_is_refused() -> None:
+    mixed = mixed_set()
+    certain = torch.zeros(len(mixed.images), CLASSES)
+    certain[:, 1] = 1.0
+    with pytest.raises(InputError, match=r"schedule 'ambiguity' needs soft labels; .* take 'uniform'"):
+        Schedule("ambiguity", 1, replace(mixed, labels=certain), CLASSES).draw(
+            torch.zeros(2, dtype=torch.int64), torch.Generator()
+        )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_softening_is_a_power_of_the_label(temperature: float) -> None:
+    labels = torch.tensor([[0.7, 0.2, 0.1], [1.0, 0.0, 0.0]])
+    power = labels.double() ** (1 / temperature)
+    assert torch.allclose(soften(labels, temperature).double(), power / power.sum(dim=1, keepdim=True), atol=1e-6)
+    assert soften(labels, temperature)[1].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_a_tiny_temperature_leaves_a_label() -> None:
+    assert soften(torch.tensor([[0.5, 0.3, 0.2]]), 1e-4).tolist() == [[1.0, 0.0, 0.0]]

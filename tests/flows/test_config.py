@@ -2,6 +2,8 @@ import pytest
 import yaml
 
 from csm.errors import InputError
+from csm.losses import HARD
+from csm.pixel_mixing import PIXEL_MIXING
 from flows.config import config_names, load_config, plain
 
 # The bundled configuration for images of one's own says nothing of where they are.
@@ -55,8 +57,7 @@ def test_every_bundled_configuration_loads(name):
     config = load_config(name, NEEDED.get(name, ()))
     assert config.name == name
     assert config.description
-    assert list(config.train.methods) == METHODS[name]
-    assert config.train.chosen == config.train.methods
+    assert sorted(config.train.chosen) == sorted(METHODS[name])
 
 
 def test_the_demo_is_among_them():
@@ -108,9 +109,9 @@ def test_an_empty_file_is_the_defaults_under_its_name(text, config_file):
         ),
         ("plan.nope=1", "pairs, pairs_per_class, ratios, grid, alpha, sets_per_pair, shard_rows, seed"),
         ("mix.sampler.nope=1", "solver, spacing, steps, sigma_min, sigma_max, rho"),
-        ("train.nope=1", "methods, compare, seeds, network, parameters, optimizer"),
-        ("train.optimizer.nope=1", "epochs, batch_size, learning_rate,"),
-        ("train.methods.csm.nope=1", "description, loss, parameters, mixup, mixed"),
+        ("train.nope=1", "methods, compare, loss, workers, seeds, network, parameters, optimizer"),
+        ("train.optimizer.nope=1", "kind, epochs, batch_size, learning_rate,"),
+        ("train.methods.csm.nope=1", "description, loss, parameters, mixing, mixed"),
         ("train.methods.csm.mixed.nope=1", "annotator, loss, weight, schedule, per_real"),
         ("annotate.nope=1", "annotators, encoders, annotator, candidates, members"),
         ("annotate.annotators.lda.nope=1", "head, encoder, parameters, calibrator, scale, pair, members, description"),
@@ -180,7 +181,7 @@ def test_a_value_of_the_wrong_type_is_refused(override, message):
         "train.optimizer.epochs=0",
         "train.optimizer.momentum=1",
         "train.methods.csm.mixed.weight=-1",
-        "train.methods.mixup.mixup=-0.1",
+        "train.methods.csm.mixed.temperature=0",
         "evaluate.bins=0",
         "resources.mix.cpus=0",
         "resources.mix.min_actors=0",
@@ -293,7 +294,32 @@ def test_parameters_of_a_network_get_their_types():
 
 @pytest.mark.parametrize("override", ["train.methods.mixup=null", "train.methods.mixup="])
 def test_null_removes_what_the_defaults_have(override):
-    assert "mixup" not in load_config("demo", [override]).train.methods
+    assert "mixup" not in load_config("demo", [override, "train.compare=[csm]"]).train.methods
+    assert refused("demo", override).startswith("train.compare: unknown 'mixup'; one of ")
+
+
+def test_every_loss_and_every_pixel_mixing_has_a_method_of_its_name():
+    methods = load_config("demo").train.methods
+    assert {name: methods[name].loss for name in HARD} == {name: name for name in HARD}
+    assert {name: methods[name].mixing.kind for name in PIXEL_MIXING} == {name: name for name in PIXEL_MIXING}
+
+
+def test_loss_trains_one_method_alone():
+    config = load_config("demo", ["train.loss=csm"])
+    assert config.train.chosen == {"csm": config.train.methods["csm"]}
+    assert (
+        load_config("demo", ["train.loss=focal", "train.methods.focal=null", "train.compare=[csm]"]).train.chosen["focal"].loss
+        == "focal"
+    )
+    assert refused("demo", "train.loss=hinge").startswith("train.loss: unknown 'hinge'; one of ")
+
+
+def test_what_does_not_fit_together_is_refused():
+    assert refused("demo", "train.optimizer.schedule=multi-step").startswith("train.optimizer.milestones: missing")
+    assert refused("demo", "train.workers=3").startswith("train.workers: 3 workers cannot share batches of 64 images evenly")
+    wrong = refused("demo", "train.methods.mixup.mixing.parameters.alpha=-1")
+    assert wrong.startswith("train.methods.mixup.mixing.parameters.alpha: expected a number greater than 0")
+    assert refused("demo", "train.methods.mixup.mixing.kind=blend").startswith("train.methods.mixup.mixing.kind: unknown 'blend'")
 
 
 def test_null_brings_back_the_default_of_a_setting():
@@ -341,11 +367,11 @@ def test_the_same_source_keeps_its_parameters(config_file):
     "overrides",
     [
         (),
-        ("train.methods.mixup=null",),  # a default method that is dropped must not come back
+        ("train.methods.mixup=null", "train.compare=[csm]"),  # a default method that is dropped must not come back
         ("train.methods.label-smoothing.parameters.alpha=null",),
         ("train.methods.csm.mixed=null",),
         ("train.methods.focal={loss: cross-entropy, parameters: null}",),
-        ("train.methods.new={mixup: 0.5}", "train.compare=[new, csm]"),
+        ("train.methods.new={mixing: {kind: mixup}}", "train.compare=[new, csm]"),
         ("plan.pairs=[[0, 1]]", "generator.learning_rate=1e-5", "description='a: \"b\" é\n#'"),
         ("data.source=digits", "data.val=1e-1"),
         ("plan.pairs=[[0, '1'], [2, cat]]", "plan.ratios=[0, 0.3]", "mix.operator=score"),
@@ -358,7 +384,9 @@ def test_the_resolved_configuration_loads_to_an_equal_one(name, overrides, confi
     loads_again(load_config(name, [*NEEDED.get(name, ()), *overrides]), config_file)
 
 
-@pytest.mark.parametrize("overrides", [(), ("annotate.annotator=auto",), ("train.methods.csm-knn=null",)])
+@pytest.mark.parametrize(
+    "overrides", [(), ("annotate.annotator=auto",), ("train.methods.csm-knn=null", "train.compare=[csm-lda]")]
+)
 def test_so_does_one_without_the_default_methods(overrides, config_file):
     loads_again(load_config("annotators", overrides), config_file)
 

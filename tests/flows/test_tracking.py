@@ -9,8 +9,9 @@ from mlflow.tracking import MlflowClient
 
 from cluster.training import RunEvent
 from csm import storage
+from csm.methods import Method
+from csm.optimization import OptimizerConfig
 from csm.runs import RunSpec
-from csm.training import Method, OptimizerConfig
 from flows import training
 from flows.tracking import BATCH, EXPERIMENT, PARAM_CHARACTERS, Tracker, flatten, store_uri
 

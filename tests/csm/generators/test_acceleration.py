@@ -7,12 +7,13 @@ from torch import nn
 
 from csm.errors import InputError
 from csm.generators import Generator, acceleration
-from csm.generators.acceleration import accelerate, best_dtype
+from csm.generators.acceleration import accelerate
 from csm.generators.diffusers_unet import import_diffusers_unet, load_diffusers_unet
 from csm.generators.dit import import_dit, load_dit
 from csm.generators.importing import ImportOptions
 from csm.generators.stable_diffusion import import_stable_diffusion, load_stable_diffusion
 from csm.generators.unet import UNetGenerator, UNetSpec
+from csm.precision import best_dtype
 
 
 @pytest.fixture(params=["unet", "diffusers-unet", "dit", "stable-diffusion"])

@@ -12,8 +12,9 @@ from csm import storage
 from csm.datasets.real import build
 from csm.errors import InputError
 from csm.generators.config import GeneratorConfig
-from csm.generators.fitting import ALONE, FitJob, World, fit_generator, fit_job
+from csm.generators.fitting import FitJob, fit_generator, fit_job
 from csm.generators.unet import UNetGenerator
+from csm.world import ALONE, World
 
 TINY = GeneratorConfig(block_channels=(8, 16), steps=6, batch_size=8, dropout=0.1, checkpoint_steps=3, ema_halflife=40)
 

@@ -7,7 +7,8 @@ import torch
 from scipy.special import rel_entr, softmax
 
 from csm.losses import SOFT
-from csm.losses.soft import kl, l1, l2, soft_cross_entropy
+from csm.losses.hard import brier, cross_entropy
+from csm.losses.soft import kl, l1, l2
 
 BY_HAND: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "cross-entropy": lambda p, q: float(
@@ -16,6 +17,10 @@ BY_HAND: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "kl": lambda p, q: float(np.mean([sum(rel_entr(b, a)) for a, b in zip(p, q, strict=True)])),
     "l1": lambda p, q: float(np.mean([sum(abs(a - b)) for a, b in zip(p, q, strict=True)])),
     "l2": lambda p, q: float(np.mean([sum((a - b) ** 2) for a, b in zip(p, q, strict=True)])),
+    # Each class drawn with its probability, and scored as a label.
+    "brier": lambda p, q: float(
+        np.mean([sum(b[y] * sum((a - np.eye(len(a))[y]) ** 2) for y in range(len(a))) for a, b in zip(p, q, strict=True)])
+    ),
 }
 TARGETS = {
     "soft": torch.randn(5, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64).softmax(dim=1),
@@ -71,10 +76,21 @@ def test_the_soft_label_is_the_minimum(name: str) -> None:
         assert SOFT[name](target.log() + away, target).item() > least
 
 
+def test_brier_trains_as_l2_does_on_another_scale() -> None:
+    for target in TARGETS.values():
+        gradients = []
+        for loss in (brier, l2):
+            logits = logits_of().requires_grad_()
+            gradients.append(torch.autograd.grad(loss(logits, target), logits)[0])
+        assert torch.allclose(*gradients, rtol=1e-12, atol=1e-15)
+        apart = (1 - target.square().sum(dim=1)).mean().item()
+        assert brier(logits_of(), target).item() == pytest.approx(l2(logits_of(), target).item() + apart, rel=1e-12)
+
+
 def test_kl_is_cross_entropy_less_the_entropy_of_the_label() -> None:
     logits, target = logits_of(), TARGETS["soft"]
     entropy = -(target * target.log()).sum(dim=1).mean()
-    assert kl(logits, target).item() == pytest.approx((soft_cross_entropy(logits, target) - entropy).item(), rel=1e-9)
+    assert kl(logits, target).item() == pytest.approx((cross_entropy(logits, target) - entropy).item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -90,13 +106,14 @@ def test_certain_predictions_are_finite_right_or_wrong(name: str, dtype: torch.d
     assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "worst"), [("l1", 2.0), ("l2", 2.0)])
+@pytest.mark.parametrize(("name", "worst"), [("l1", 2.0), ("l2", 2.0), ("brier", 2.0)])
 def test_the_worst_prediction(name: str, worst: float) -> None:
     assert SOFT[name](torch.tensor([[1000.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item() == worst
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_bfloat16_is_near_float64(name: str) -> None:
-    logits, target = logits_of(), TARGETS["pair"]
-    low = SOFT[name](logits.bfloat16(), target.bfloat16())
-    assert low.item() == pytest.approx(SOFT[name](logits, target).item(), rel=0.05)
+    logits, target = logits_of().bfloat16(), TARGETS["pair"].bfloat16()
+    low = SOFT[name](logits, target)
+    assert low.dtype == torch.float32
+    assert low.item() == pytest.approx(SOFT[name](logits.double(), target.double()).item(), rel=1e-5)
