@@ -26,6 +26,15 @@ class RunEvent(NamedTuple):
     error: str
 
 
+class TrainingFailed(RuntimeError):
+    """Some of many trainings failed; ``errors``: run -> its error."""
+
+    def __init__(self, errors: dict[str, str], total: int) -> None:
+        run, error = next(iter(errors.items()))
+        super().__init__(f"{len(errors)} of {total} trainings failed; {run}: {error}")
+        self.errors = errors
+
+
 def fit_many(specs: Sequence[RunSpec], group: Group, directory: Path, name: str, on_event: Callable[[RunEvent], None]) -> None:
     """Train every unfinished run of ``specs`` in one group of workers, each run by one worker.
 
@@ -42,23 +51,23 @@ def fit_many(specs: Sequence[RunSpec], group: Group, directory: Path, name: str,
 
     Raises:
         InputError: the group does not fit the cluster.
-        RuntimeError: runs failed; the message names the first one and its error.
+        TrainingFailed: runs failed; the message names the first one and its error.
     """
     todo = [spec for spec in specs if not is_finished(spec)]
     if not todo:
         return
-    failures: list[RunEvent] = []
+    errors: dict[str, str] = {}
 
     def hear(item: Any) -> None:
         event = RunEvent(*item)
         on_event(event)
         if event.kind == "failed":
-            failures.append(event)
+            errors[event.run] = event.error
 
     workers = group_size(group, len(todo), ray.cluster_resources())
     run_group(_train_share, {"specs": todo}, workers, group, directory, name, hear)
-    if failures:
-        raise RuntimeError(f"{len(failures)} of {len(todo)} trainings failed; {failures[0].run}: {failures[0].error}")
+    if errors:
+        raise TrainingFailed(errors, len(todo))
     unfinished = [spec.run for spec in todo if not is_finished(spec)]
     if unfinished:
         raise RuntimeError(f"{len(unfinished)} of {len(todo)} trainings did not finish, among them {unfinished[0]}: run again")

@@ -47,8 +47,8 @@ METRICS: Schema = {
     "method": pl.String(),
     "seed": pl.Int64(),
     "split": SPLIT,
-    "fitted": pl.Boolean(),  # after temperature scaling
-    "temperature": pl.Float32(),
+    "posthoc": pl.String(),  # method of csm.posthoc.POSTHOC, fitted on the validation split; "none": as trained
+    "temperature": pl.Float32(),  # fitted by posthoc "temperature"; else 1
     "metric": pl.String(),
     "bins": pl.UInt16(),
     "value": pl.Float64(),
@@ -59,6 +59,19 @@ SHIFT: Schema = {
     "severity": pl.UInt8(),
     "label": pl.UInt16(),
     "image": pl.Binary(),
+}
+COMPARISON: Schema = {  # on the test split
+    "method": pl.String(),
+    "posthoc": pl.String(),
+    "metric": pl.String(),
+    "mean": pl.Float64(),  # over seeds
+    "low": pl.Float64(),  # ends of the 95 % bootstrap interval over seeds and images; over images alone with one seed
+    "high": pl.Float64(),
+    "difference": pl.Float64(),  # to the mean of the baseline; this and what follows is null for the baseline, and without one
+    "difference_low": pl.Float64(),
+    "difference_high": pl.Float64(),
+    "p": pl.Float64(),
+    "p_holm": pl.Float64(),  # corrected for the number of methods
 }
 SHIFT_METRICS: Schema = {
     "run": pl.String(),

@@ -80,6 +80,10 @@ class Workspace:
         return self.root / "metrics.parquet"
 
     @property
+    def comparison(self) -> Path:
+        return self.root / "comparison.parquet"
+
+    @property
     def shift_metrics(self) -> Path:
         return self.root / "shift_metrics.parquet"
 

@@ -25,6 +25,7 @@ from csm.optimization import OptimizerConfig
 from csm.parameters import check_name, check_parameters, expected
 from csm.pixel_mixing import build_pixel_mixing
 from csm.planning import PlanConfig, ratio_grid
+from csm.posthoc import POSTHOC
 from csm.precision import Precision
 from csm.sampling import SamplerConfig
 from csm.schedules import SCHEDULES
@@ -78,9 +79,18 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluateConfig:
-    """Number of bins of ECE and AECE, and shift sets by name."""
+    """What is measured.
+
+    Attributes:
+        bins: of ECE and AECE.
+        posthoc: methods of ``csm.posthoc.POSTHOC`` that are fitted on validation, beside "none".
+        draws: bootstrap resamples of the comparison; no p-value is below 2 / (draws + 1).
+        shifts: corruption sets and sets of images from elsewhere, by name.
+    """
 
     bins: int = Field(default=15, ge=1, le=1000)
+    posthoc: tuple[str, ...] = ("temperature",)
+    draws: int = Field(default=5000, ge=100)
     shifts: dict[str, ShiftConfig] = Field(default_factory=dict)
 
 
@@ -250,6 +260,8 @@ def _check_names(config: Config) -> Config:
         raise InputError(f"mix.sampler.churn: only solver heun adds noise, not {sampler.solver}; choose heun, or churn 0")
     annotate = check_annotators(config.annotate)
     check_asked(annotate, "annotate.annotator", annotate.annotator)
+    for name in config.evaluate.posthoc:
+        check_name("evaluate.posthoc", name, POSTHOC)
     for name in config.train.compare:
         check_name("train.compare", name, config.train.methods)
     if config.train.loss is not None:

@@ -30,10 +30,12 @@ from flows import (
     shift,
     train,
 )
-from flows.artifacts import open_workspace
+from flows.artifacts import Workspace, open_workspace
 from flows.config import Config
+from flows.result_tables import posthoc_table, shift_table, terminal_table
+from flows.shift_summary import shift_tables
 from flows.stages import Context, refuse_replacing, require, run_stage
-from flows.summary import summary_table, terminal_table
+from flows.summary import summary_table
 
 STAGES = {
     stage.name: stage
@@ -118,11 +120,16 @@ def verb_stages(verb: str, config: Config) -> tuple[str, ...]:
     return (*names[:first], "fit-teacher", *names[first:])
 
 
-def results_table(config: Config, metrics: Path) -> Any:
-    """The results as a rich table: mean and standard deviation over seeds on the test split, best per column marked."""
-    methods = evaluate.compared(config)
-    frame: pl.DataFrame = tables.read(metrics, tables.METRICS)
-    return terminal_table(summary_table(frame, methods, n_bins=config.evaluate.bins), methods)
+def results_tables(config: Config, root: Path) -> list[Any]:
+    """The results in a workspace as rich tables: methods against the baseline on the test split, post-hoc methods, shift sets."""
+    workspace, methods = Workspace(root), evaluate.compared(config)
+    metrics: pl.DataFrame = tables.read(workspace.metrics, tables.METRICS)
+    comparison = tables.read(workspace.comparison, tables.COMPARISON)
+    summary = summary_table(metrics, methods, comparison, n_bins=config.evaluate.bins)
+    main = terminal_table(summary, methods, evaluate.training_cost(workspace, config), evaluate.device(config))
+    more = posthoc_table(summary, methods)
+    shifts = shift_tables(evaluate_shift.shift_metrics(workspace, config), methods)
+    return [main, *([more] if more else []), *(shift_table(shift) for shift in shifts)]
 
 
 @contextmanager

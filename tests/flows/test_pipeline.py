@@ -55,11 +55,13 @@ def test_the_json_line_keeps_its_contract(finished: Any) -> None:
 
 def test_metrics_hold_every_method_seed_and_metric_at_both_temperatures(finished: Any) -> None:
     metrics = pl.read_parquet(finished.result["metrics"]).filter(pl.col("split").cast(pl.String) == "test")
-    keys = set(metrics.select("method", "seed", "fitted", "metric").iter_rows())
-    assert keys == {(m, 0, f, n) for m in ("cross-entropy", "csm") for f in (False, True) for n in METRICS}
+    keys = set(metrics.select("method", "seed", "posthoc", "metric").iter_rows())
+    assert keys == {(m, 0, p, n) for m in ("cross-entropy", "csm") for p in ("none", "temperature") for n in METRICS}
     assert len(metrics) == len(keys)
-    assert (metrics.filter(~pl.col("fitted"))["temperature"] == 1.0).all()
-    assert metrics.filter("fitted").group_by("run").agg(pl.col("temperature").n_unique())["temperature"].to_list() == [1, 1]
+    assert (metrics.filter(posthoc="none")["temperature"] == 1.0).all()
+    assert metrics.filter(posthoc="temperature").group_by("run").agg(pl.col("temperature").n_unique())[
+        "temperature"
+    ].to_list() == [1, 1]
 
 
 def test_every_planned_image_is_mixed_and_annotated_once(finished: Any) -> None:
