@@ -26,7 +26,7 @@ class RunEvent(NamedTuple):
     error: str
 
 
-class TrainingFailed(RuntimeError):
+class TrainingError(RuntimeError):
     """Some of many trainings failed; ``errors``: run -> its error."""
 
     def __init__(self, errors: dict[str, str], total: int) -> None:
@@ -51,7 +51,7 @@ def fit_many(specs: Sequence[RunSpec], group: Group, directory: Path, name: str,
 
     Raises:
         InputError: the group does not fit the cluster.
-        TrainingFailed: runs failed; the message names the first one and its error.
+        TrainingError: runs failed; the message names the first one and its error.
     """
     todo = [spec for spec in specs if not is_finished(spec)]
     if not todo:
@@ -67,7 +67,7 @@ def fit_many(specs: Sequence[RunSpec], group: Group, directory: Path, name: str,
     workers = group_size(group, len(todo), ray.cluster_resources())
     run_group(_train_share, {"specs": todo}, workers, group, directory, name, hear)
     if errors:
-        raise TrainingFailed(errors, len(todo))
+        raise TrainingError(errors, len(todo))
     unfinished = [spec.run for spec in todo if not is_finished(spec)]
     if unfinished:
         raise RuntimeError(f"{len(unfinished)} of {len(todo)} trainings did not finish, among them {unfinished[0]}: run again")

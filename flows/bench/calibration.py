@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from cluster.training import TrainingFailed
+from cluster.training import TrainingError
 from csm import storage, tables
 from csm.methods import Method
 from csm.parameters import check_name
@@ -78,12 +78,12 @@ def calibrate(config: Config, root: Path, address: str = "local", command: str =
 
     Raises:
         InputError: whatever the pipeline refuses.
-        TrainingFailed: a training failed that is not of a method, but of what methods need.
+        TrainingError: a training failed that is not of a method, but of what methods need.
     """
     failed: dict[str, str] = {}
     try:
         run_verb("run", config, root, address, command)
-    except TrainingFailed as error:
+    except TrainingError as error:
         lost = [
             name for name in config.train.chosen if any(_run(name, seed) in error.errors for seed in range(config.train.seeds))
         ]

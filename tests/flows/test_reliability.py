@@ -23,16 +23,23 @@ def test_bars_pool_the_seeds():
         assert bar.share == pytest.approx(inside.mean())
 
 
-def test_the_smooth_curve_is_near_the_truth_inside_its_band_and_ends_where_nothing_is():
+def test_the_smooth_curve_is_near_the_truth_inside_its_band():
     (piece,) = diagram(Reliability(predictions()), 10)["curves"]["before"]
-    assert piece[0].confidence < 0.5  # a little beyond the data
-    assert piece[0].confidence > 0.2
     assert piece[-1].confidence == 1
     for point in piece:
         assert 0 <= point.low <= point.high <= 1
         if 0.55 <= point.confidence <= 0.95:
             assert point.accuracy == pytest.approx(point.confidence - 0.2, abs=0.1)
             assert point.low - 0.02 <= point.accuracy <= point.high + 0.02
+
+
+def test_the_curve_ends_where_no_prediction_is_near():
+    draw = np.random.default_rng(0)
+    confidence = np.concatenate([draw.uniform(0.1, 0.2, (1, 500)), draw.uniform(0.8, 0.9, (1, 500))], axis=1)
+    side = Predictions(confidence, draw.uniform(size=confidence.shape) < confidence)
+    pieces = diagram(Reliability(side), 10)["curves"]["before"]
+    assert len(pieces) == 2
+    assert pieces[0][-1].confidence < 0.5 < pieces[1][0].confidence
 
 
 def test_before_alone_has_no_after():

@@ -395,7 +395,7 @@ def test_ticks_are_few_even_and_enclose(low, high):
 def with_everything():
     """With a comparison, costs, one more post-hoc method and two shift sets."""
     p_holm = {"focal": 0.3, "csm_full": 0.02}
-    vector = metrics().filter(posthoc=TEMPERATURE).with_columns(posthoc=pl.lit("vector"), value=pl.col("value") / 2)
+    vector = metrics().filter(posthoc=TEMPERATURE).with_columns(posthoc=pl.lit("vector"), value=pl.col("value") / 1.5)
     return replace(
         report(),
         metrics=pl.concat([metrics(), vector]),
@@ -435,7 +435,7 @@ def test_without_a_comparison_nothing_is_said_of_chance(page):
 def test_posthoc_methods_and_shift_sets_have_tables(full):
     assert full.text("h2")[:4] == ["Results", "Post-hoc methods", "Under shift", "Reliability"]
     rows = full.text("tr")
-    assert "focal 3.1 1.6 0.8 lowest 111.0 56.0 28.0 lowest" in rows
+    assert "focal 3.1 1.6 1.0 lowest 111.0 56.0 37.3 lowest" in rows
     assert [text for text in full.text("h3") if "corrupted" in text] == [
         "corrupted, as trained",
         "corrupted, with the fitted temperature",

@@ -5,7 +5,7 @@ import pytest
 import torch
 import yaml
 
-from cluster.training import TrainingFailed
+from cluster.training import TrainingError
 from csm import tables
 from csm.errors import InputError
 from csm.metrics import evaluate
@@ -97,7 +97,7 @@ def test_fewer_methods_and_seeds_need_no_training_either(benched, path, capfd):
 
 def fail(*runs):
     def run_verb(*arguments):
-        raise TrainingFailed({run: "FloatingPointError: loss is inf" for run in runs}, 4)
+        raise TrainingError({run: "FloatingPointError: loss is inf" for run in runs}, 4)
 
     return run_verb
 
@@ -111,7 +111,7 @@ def test_nothing_left_to_compare(monkeypatch, tmp_path):
 
 def test_what_all_methods_need_is_not_gone_on_without(monkeypatch, tmp_path):
     monkeypatch.setattr(calibration, "run_verb", fail("teacher-00"))
-    with pytest.raises(TrainingFailed, match="1 of 4 trainings failed; teacher-00"):
+    with pytest.raises(TrainingError, match="1 of 4 trainings failed; teacher-00"):
         calibrate(configure("digits-hard", seeds=1), tmp_path)
 
 
