@@ -7,10 +7,9 @@ from typing import Any
 import ray
 import torch
 from ray.train import get_context
-from ray.train.torch import get_device
 
 from cluster.resources import Group, group_size
-from cluster.training import run_group
+from cluster.training import run_groups, worker_device
 from csm.errors import InputError
 from csm.generators.fitting import FitJob, OnStep, fit_job
 from csm.world import World
@@ -48,7 +47,7 @@ def fit_in_group(job: FitJob, group: Group, directory: Path, name: str, on_step:
             on_step(step, loss)
 
     try:
-        run_group(_fit_share, {"job": job}, workers, group, directory, name, hear)
+        run_groups(_fit_share, [{"job": job}], workers, group, directory, name, hear)
     except Exception as error:
         if failures:
             raise failures[-1] from error  # what a worker said is clearer than what Ray Train makes of it
@@ -60,9 +59,7 @@ def fit_in_group(job: FitJob, group: Group, directory: Path, name: str, on_step:
 def _fit_share(config: dict[str, Any]) -> None:
     """Worker: this rank's share of every batch."""
     torch.set_num_threads(config["threads"])
-    device, context = get_device(), get_context()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, which convolutions use by default
+    device, context = worker_device(), get_context()
     events, steps, sent = config["events"], list[tuple[int, float]](), time.monotonic()
 
     def send() -> None:

@@ -18,7 +18,7 @@ from csm.methods import Method
 from csm.optimization import OptimizerConfig
 from csm.reannotation import Calibration, soft_labels
 from csm.schedules import MixedSet
-from csm.training import OnEpoch, Stream, fit, predict
+from csm.training import OnEpoch, Split, Stream, fit, predict
 from csm.world import ALONE, CPU, World, from_first, together
 
 STATE_SECONDS = 10.0  # between two saves of an unfinished training
@@ -73,7 +73,7 @@ def fit_run(
     on_epoch: OnEpoch | None = None,
     device: torch.device = CPU,
     world: World = ALONE,
-    stream: Callable[[Path, int], Stream] | None = None,
+    stream: Callable[[Path, int, World], Stream] | None = None,
 ) -> None:
     """Train the classifier of ``spec`` and write ``model.*``, ``predictions.parquet``, ``history.json`` and ``run.json``.
 
@@ -84,10 +84,17 @@ def fit_run(
         spec: what to train.
         on_epoch: called on rank 0 after each epoch.
         device, world: see ``csm.training.fit``.
-        stream: called with ``spec.data`` and the seed for the images of a training that holds them on disk.
+        stream: called with ``spec.data``, the seed and ``world`` for the images of a training that holds them on disk.
+
+    Raises:
+        InputError: on every rank alike: a file is missing or damaged, or the stream is.
+        FloatingPointError: the loss is not finite; on every rank alike.
     """
-    if is_finished(spec):
+    # Asked of rank 0 alone: a network file system may show another node an older state of the folder.
+    if from_first(together(lambda: world.rank == 0 and is_finished(spec), world), world):
         return
+    if spec.optimizer.hold == "stream" and stream is None:
+        raise InputError("train.optimizer.hold: 'stream' needs someone who reads the images from disk, as csm train does")
     state_path = spec.directory / "state.pt"
 
     def read() -> dict[str, Any] | None:
@@ -97,7 +104,6 @@ def fit_run(
         state = storage.read_state(state_path) if state_path.is_file() else None
         return state if state is not None and state.get("fingerprint") == spec.fingerprint else None  # else: of other settings
 
-    # From rank 0 rather than read by each: a network file system may show an older file on another node.
     resumed = from_first(together(read, world), world)
     history: list[dict[str, float]] = resumed["history"] if resumed else []
     spent = resumed["seconds"] if resumed else 0.0
@@ -116,16 +122,24 @@ def fit_run(
             storage.write_state(state_path, state)
             saved = now
 
-    data = together(lambda: _dataset(spec.data, _stamp(spec.data / "dataset.json", spec.data / "real")), world)
+    def images() -> tuple[RealDataset, Split | Stream, MixedSet | None]:
+        stamp = _stamp(spec.data / "dataset.json", spec.data / "real")
+        streamed = stream if spec.optimizer.hold == "stream" else None
+        data = _dataset(spec.data, ("val", "test") if streamed else tables.SPLITS, stamp)
+        real = streamed(spec.data, spec.seed, world) if streamed else data.split("train")
+        source, info = spec.mixed, data.info
+        return data, real, _mixed_set(source, info.shape, info.n_classes, _stamp(*astuple(source))) if source else None
+
+    data, real, mixed = together(images, world)
     classifier = new_classifier(spec, data)
     fit(
         classifier,
-        stream(spec.data, spec.seed) if stream and spec.optimizer.hold == "stream" else data.split("train"),
+        real,
         data.split("val"),
         spec.settings,
         spec.optimizer,
         spec.seed,
-        mixed=_mixed_set(spec.mixed, data.info.shape, data.info.n_classes, _stamp(*astuple(spec.mixed))) if spec.mixed else None,
+        mixed=mixed,
         on_epoch=record_epoch,
         save_state=save_state,
         state=resumed["training"] if resumed else None,
@@ -182,8 +196,8 @@ def _stamp(*paths: Path) -> Stamp:
 
 
 @lru_cache(maxsize=1)
-def _dataset(directory: Path, stamp: Stamp) -> RealDataset:
-    return RealDataset.load(directory)
+def _dataset(directory: Path, splits: tuple[str, ...], stamp: Stamp) -> RealDataset:
+    return RealDataset.load(directory, splits)
 
 
 @lru_cache(maxsize=2)

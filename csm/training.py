@@ -180,6 +180,7 @@ class _Step:
         if self.term and mixed:
             self.soft_loss = build_loss(SOFT, self.term.loss, {}, "mixed.loss")
             self.schedule = Schedule(self.term.schedule, self.term.per_real, mixed, self.n_classes)
+            self.schedule.draw(torch.arange(self.n_classes), torch.Generator())  # what it lacks is said now, on every rank alike
         network: nn.Module = DistributedDataParallel(classifier) if world.size > 1 else classifier
         self.network: Callable[[torch.Tensor], torch.Tensor] = torch.compile(network) if optimizer.compile else network
 

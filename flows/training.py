@@ -45,7 +45,8 @@ def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -
             del heard[event.run]
 
         try:
-            fit_many(todo, context.config.resources.train, context.workspace.root / "ray", name, on_event)
+            config = context.config
+            fit_many(todo, config.resources.train, context.workspace.root / "ray", name, on_event, config.train.workers)
         finally:
             for run in heard:  # interrupted
                 context.tracker.close_run(run_key(by_name[run]), "KILLED")

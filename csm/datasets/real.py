@@ -67,10 +67,16 @@ class RealDataset:
         return storage.read_record(directory / "dataset.json", DatasetInfo)
 
     @classmethod
-    def load(cls, directory: Path) -> "RealDataset":
-        """Read what ``save`` wrote."""
+    def load(cls, directory: Path, splits: Collection[str] = tables.SPLITS) -> "RealDataset":
+        """Read what ``save`` wrote; of the table only the rows of ``splits``, the images of others are never all in memory."""
         info = cls.load_info(directory)
-        frame = tables.read(directory / "real" / "part-00000.parquet", tables.REAL)
+        path = directory / "real" / "part-00000.parquet"
+        if set(splits) == set(tables.SPLITS):
+            frame = tables.read(path, tables.REAL)
+        else:
+            firsts = range(0, sum(info.counts.values()), tables.ROW_GROUP)
+            groups = (tables.read(path, tables.REAL, rows=(first, tables.ROW_GROUP)) for first in firsts)
+            frame = pl.concat([group.filter(pl.col("split").is_in(splits)) for group in groups])
         return cls(info, frame, load_truth(directory / "truth"))
 
 
