@@ -21,6 +21,7 @@ from csm.generators.conditioning import OPERATORS
 from csm.losses import HARD, SOFT
 from csm.metrics import METRICS
 from csm.pixel_mixing import PIXEL_MIXING
+from csm.posthoc import POSTHOC
 from csm.reannotation import CALIBRATORS, HEADS
 from csm.schedules import SCHEDULES
 from flows.annotators import ENSEMBLE
@@ -49,7 +50,7 @@ def diagnose(workspace: Path, address: str) -> dict[str, Any]:
         "shifts": list(SHIFTS),
         "generators": list(GENERATORS),
         "operators": list(OPERATORS),
-        "annotators": list(load_config("default").annotate.annotators),
+        "annotators": list(load_config("digits").annotate.annotators),
         "encoders": list(ENCODERS),
         "heads": [*HEADS, ENSEMBLE],
         "calibrators": list(CALIBRATORS),
@@ -59,6 +60,7 @@ def diagnose(workspace: Path, address: str) -> dict[str, Any]:
         "mixing": list(PIXEL_MIXING),
         "schedules": list(SCHEDULES),
         "metrics": list(METRICS),
+        "posthoc": list(POSTHOC),
         "problems": problems,
     }
 
@@ -87,6 +89,7 @@ def show(findings: dict[str, Any]) -> None:
         "mixing",
         "schedules",
         "metrics",
+        "posthoc",
     )
     for key in ("configs", *registries):
         print(f"{key:<12}{', '.join(findings[key])}")
