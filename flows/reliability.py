@@ -72,15 +72,16 @@ class Point(NamedTuple):
 
 
 def _curves(predictions: Predictions) -> list[list[Point]]:
-    """The smooth curve, in pieces: it ends where no prediction is near."""
+    """The smooth curve, in pieces: it ends where no prediction is near, and, as a wide kernel sees far, with the predictions."""
     confidence = torch.from_numpy(np.asarray(predictions.confidence, dtype=np.float64))
     correct = torch.from_numpy(np.asarray(predictions.correct, dtype=np.float64))
     grid = torch.linspace(0, 1, POINTS, dtype=torch.float64)
     accuracy = smooth_reliability(confidence, correct, grid).accuracy
     low, high = smooth_reliability_band(confidence, correct, grid)
+    first, last = confidence.min().item(), confidence.max().item()
     pieces: list[list[Point]] = [[]]
     for point in zip(grid.tolist(), accuracy.tolist(), low.tolist(), high.tolist(), strict=True):
-        if math.isnan(point[1]):
+        if math.isnan(point[1]) or not first <= point[0] <= last:
             pieces.append([])
         else:
             pieces[-1].append(Point(*point))

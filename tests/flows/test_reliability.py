@@ -25,7 +25,8 @@ def test_bars_pool_the_seeds():
 
 def test_the_smooth_curve_is_near_the_truth_inside_its_band():
     (piece,) = diagram(Reliability(predictions()), 10)["curves"]["before"]
-    assert piece[-1].confidence == 1
+    assert 0.5 <= piece[0].confidence < 0.52  # the predictions' own range, though the kernel sees beyond it
+    assert 0.98 < piece[-1].confidence <= 1
     for point in piece:
         assert 0 <= point.low <= point.high <= 1
         if 0.55 <= point.confidence <= 0.95:
