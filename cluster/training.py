@@ -29,6 +29,15 @@ class RunEvent(NamedTuple):
     error: str
 
 
+class TrainingError(RuntimeError):
+    """Some of many trainings failed; ``errors``: run -> its error."""
+
+    def __init__(self, errors: dict[str, str], total: int) -> None:
+        run, error = next(iter(errors.items()))
+        super().__init__(f"{len(errors)} of {total} trainings failed; {run}: {error}")
+        self.errors = errors
+
+
 def fit_many(
     specs: Sequence[RunSpec],
     group: Group,
@@ -54,12 +63,12 @@ def fit_many(
 
     Raises:
         InputError: the workers do not fit the cluster.
-        RuntimeError: runs failed; the message names the first one and its error.
+        TrainingError: runs failed; the message names the first one and its error.
     """
     todo = [spec for spec in specs if not is_finished(spec)]
     if not todo:
         return
-    failures: list[RunEvent] = []
+    errors: dict[str, str] = {}
     broken: list[RunEvent] = []  # by what may be mended by another try; the last one is why there was none
 
     def hear(item: Any) -> None:
@@ -69,7 +78,7 @@ def fit_many(
             return
         on_event(event)
         if event.kind == "failed":
-            failures.append(event)
+            errors[event.run] = event.error
 
     if together == 1:
         workers, shares = group_size(group, len(todo), ray.cluster_resources()), [todo]
@@ -88,8 +97,8 @@ def fit_many(
         if broken:
             raise RuntimeError(f"training {broken[-1].run}: {broken[-1].error}") from error
         raise
-    if failures:
-        raise RuntimeError(f"{len(failures)} of {len(todo)} trainings failed; {failures[0].run}: {failures[0].error}")
+    if errors:
+        raise TrainingError(errors, len(todo))
     unfinished = [spec.run for spec in todo if not is_finished(spec)]
     if unfinished:
         raise RuntimeError(f"{len(unfinished)} of {len(todo)} trainings did not finish, among them {unfinished[0]}: run again")

@@ -127,8 +127,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
-def bytes_digest(*parts: bytes) -> str:
-    """16 hexadecimal digits of BLAKE2b over ``parts``, each preceded by its length."""
+def bytes_digest(*parts: bytes | memoryview) -> str:
+    """16 hexadecimal digits of BLAKE2b over ``parts`` (a memoryview: of bytes), each preceded by its length."""
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
         state.update(len(part).to_bytes(8, "little"))

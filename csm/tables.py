@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import torch
@@ -48,10 +47,41 @@ METRICS: Schema = {
     "method": pl.String(),
     "seed": pl.Int64(),
     "split": SPLIT,
-    "fitted": pl.Boolean(),  # after temperature scaling
-    "temperature": pl.Float32(),
+    "posthoc": pl.String(),  # method of csm.posthoc.POSTHOC, fitted on the validation split; "none": as trained
+    "temperature": pl.Float32(),  # fitted by posthoc "temperature"; else 1
     "metric": pl.String(),
     "bins": pl.UInt16(),
+    "value": pl.Float64(),
+}
+SHIFT: Schema = {
+    "image_id": pl.UInt32(),  # place in the part; of a corruption set the same image at every severity
+    "corruption": pl.String(),  # null out of distribution, as are the next two
+    "severity": pl.UInt8(),
+    "label": pl.UInt16(),
+    "image": pl.Binary(),
+}
+COMPARISON: Schema = {  # on the test split
+    "method": pl.String(),
+    "posthoc": pl.String(),
+    "metric": pl.String(),
+    "mean": pl.Float64(),  # over seeds
+    "low": pl.Float64(),  # ends of the 95 % bootstrap interval over seeds and images; over images alone with one seed
+    "high": pl.Float64(),
+    "difference": pl.Float64(),  # to the mean of the baseline; this and what follows is null for the baseline, and without one
+    "difference_low": pl.Float64(),
+    "difference_high": pl.Float64(),
+    "p": pl.Float64(),
+    "p_holm": pl.Float64(),  # corrected for the number of methods
+}
+SHIFT_METRICS: Schema = {
+    "run": pl.String(),
+    "method": pl.String(),
+    "seed": pl.Int64(),
+    "shift": pl.String(),  # name of the set in the configuration
+    "corruption": pl.String(),  # null out of distribution, as is the next one
+    "severity": pl.UInt8(),
+    "posthoc": pl.String(),  # "none" or "temperature"
+    "metric": pl.String(),
     "value": pl.Float64(),
 }
 
@@ -141,8 +171,14 @@ def to_images(column: pl.Series, shape: tuple[int, int, int]) -> torch.Tensor:
     lengths = column.bin.size()
     if not lengths.eq_missing(size).all():
         raise InputError(f"image bytes: expected {size} per image for shape {shape}, got {lengths.unique().sort().to_list()[:5]}")
-    pixels = np.frombuffer(bytearray().join(column.to_list()), dtype=np.uint8).reshape(-1, height, width, channels)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # (N, C, H, W)
+    images = torch.empty(len(column), channels, height, width, dtype=torch.uint8)
+    for first in range(
+        0, len(column), ROW_GROUP
+    ):  # a part at a time, so that memory holds the images once more and not three times
+        content = bytearray().join(column[first : first + ROW_GROUP].to_list())
+        rows = torch.frombuffer(content, dtype=torch.uint8).view(-1, height, width, channels)
+        images[first : first + ROW_GROUP] = rows.permute(0, 3, 1, 2)  # (rows, C, H, W)
+    return images
 
 
 def from_images(images: torch.Tensor) -> pl.Series:

@@ -135,15 +135,21 @@ def encoder_files(encoder: EncoderConfig) -> list[tuple[str, str, int]]:
     return folder_files(encoder.parameters)
 
 
+def check_folder_name(where: str, name: str) -> None:
+    """``InputError`` unless ``name``, given at the dotted key ``where``, may name a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputError(f"{where}: {name!r} cannot name a folder; use letters, digits, '.', '_' and '-'")
+
+
 def _check_encoder(where: str, name: str, encoder: EncoderConfig) -> EncoderConfig:
-    _check_folder_name(where, name)
+    check_folder_name(where, name)
     check_name(f"{where}.kind", encoder.kind, ENCODERS)
     parameters = check_parameters(ENCODERS[encoder.kind].load, encoder.parameters, f"{where}.parameters")
     return replace(encoder, parameters=parameters)
 
 
 def _check_annotator(where: str, name: str, annotator: AnnotatorConfig, config: AnnotateConfig) -> AnnotatorConfig:
-    _check_folder_name(where, name)
+    check_folder_name(where, name)
     if name in RESERVED:
         raise InputError(f"{where}: the name {name} is taken; choose another one")
     check_name(f"{where}.head", annotator.head, (*HEADS, ENSEMBLE))
@@ -200,8 +206,3 @@ def _check_cycle(config: AnnotateConfig, name: str, above: tuple[str, ...]) -> N
         raise InputError(f"annotate.annotators.{name}.members: goes round in a circle ({' -> '.join((*above, name))})")
     for member in config.annotators[name].members:
         _check_cycle(config, member, (*above, name))
-
-
-def _check_folder_name(where: str, name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise InputError(f"{where}: {name!r} cannot name a folder; use letters, digits, '.', '_' and '-'")

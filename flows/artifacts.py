@@ -80,6 +80,14 @@ class Workspace:
         return self.root / "metrics.parquet"
 
     @property
+    def comparison(self) -> Path:
+        return self.root / "comparison.parquet"
+
+    @property
+    def shift_metrics(self) -> Path:
+        return self.root / "shift_metrics.parquet"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 
@@ -105,6 +113,10 @@ class Workspace:
 
     def run(self, name: str) -> Path:
         return self.root / "runs" / name
+
+    def shift(self, name: str) -> Path:
+        """Folder of a shift set."""
+        return self.root / "shift" / name
 
     def record(self, stage: str) -> StageRecord | None:
         """The record of ``stage``, or None if it never started here."""
@@ -171,7 +183,10 @@ def is_url(path: Path) -> bool:
 def _remove_temporaries(root: Path) -> None:
     """Remove what a killed process wrote beside its files (`storage.replacing`) and could not rename any more."""
     if (root / "stages").is_dir():
-        folders = [root / name for name in ("stages", "real", "truth", "generator", "mixed", "annotations", "annotators", "runs")]
+        folders = [
+            root / name
+            for name in ("stages", "real", "truth", "generator", "mixed", "annotations", "annotators", "runs", "shift")
+        ]
         for path in [*root.glob(".*.tmp"), *(path for folder in folders for path in folder.rglob(".*.tmp"))]:
             path.unlink(missing_ok=True)
 

@@ -85,7 +85,7 @@ def _run_verb(
 
     started = time.monotonic()
     resolved = load_config(config, overrides)  # before the rest is imported: a wrong name is told sooner
-    from flows.run import STAGES, results_table, run_verb
+    from flows.run import STAGES, results_tables, run_verb
 
     for stage in forced:
         if stage not in STAGES:
@@ -94,7 +94,8 @@ def _run_verb(
     result = run_verb(verb, resolved, workspace, address, line, forced)
     result["seconds"] = round(time.monotonic() - started, 3)
     if verb in ("run", "evaluate", "report") and result["metrics"]:
-        print_table(results_table(resolved, Path(result["metrics"])))
+        for table in results_tables(resolved, workspace):
+            print_table(table)
     if verb in ("run", "report") and result["report"]:
         click.echo(f"report: {result['report']}")
     if as_json:
@@ -102,6 +103,7 @@ def _run_verb(
 
 
 _add_verb("prepare", "Read the data set into the workspace: splits, statistics, one table.")
+_add_verb("shift", "Make the corruption sets and sets out of distribution of evaluate.shifts.")
 _add_verb("fit-generator", "Train the class-conditional diffusion model on the train split.")
 
 

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from cluster.resources import ResourcesConfig
 from csm.classifiers import NETWORKS
 from csm.datasets import DATASETS
+from csm.datasets.shifts import ShiftConfig, check_shift
 from csm.errors import InputError
 from csm.generators.conditioning import OPERATORS
 from csm.generators.config import GeneratorConfig
@@ -24,10 +25,11 @@ from csm.optimization import OptimizerConfig
 from csm.parameters import check_name, check_parameters, expected
 from csm.pixel_mixing import build_pixel_mixing
 from csm.planning import PlanConfig, ratio_grid
+from csm.posthoc import POSTHOC
 from csm.precision import Precision
 from csm.sampling import SamplerConfig
 from csm.schedules import SCHEDULES
-from flows.annotators import AnnotateConfig, check_annotators, check_asked
+from flows.annotators import AnnotateConfig, check_annotators, check_asked, check_folder_name
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -77,9 +79,19 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluateConfig:
-    """Number of bins of ECE and AECE."""
+    """What is measured.
+
+    Attributes:
+        bins: of ECE and AECE.
+        posthoc: methods of ``csm.posthoc.POSTHOC`` that are fitted on validation, beside "none".
+        draws: bootstrap resamples of the comparison; no p-value is below 2 / (draws + 1).
+        shifts: corruption sets and sets of images from elsewhere, by name.
+    """
 
     bins: int = Field(default=15, ge=1, le=1000)
+    posthoc: tuple[str, ...] = ("temperature",)
+    draws: int = Field(default=5000, ge=100)
+    shifts: dict[str, ShiftConfig] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -248,6 +260,8 @@ def _check_names(config: Config) -> Config:
         raise InputError(f"mix.sampler.churn: only solver heun adds noise, not {sampler.solver}; choose heun, or churn 0")
     annotate = check_annotators(config.annotate)
     check_asked(annotate, "annotate.annotator", annotate.annotator)
+    for name in config.evaluate.posthoc:
+        check_name("evaluate.posthoc", name, POSTHOC)
     for name in config.train.compare:
         check_name("train.compare", name, config.train.methods)
     if config.train.loss is not None:
@@ -263,7 +277,14 @@ def _check_names(config: Config) -> Config:
     for name, method in (config.train.methods | config.train.chosen).items():
         _check_method(config, name, method, annotate)
     train = replace(config.train, parameters=parameters)
-    return replace(config, data={"source": source, **data}, train=train, annotate=annotate)
+    shifts = {name: _check_shift(f"evaluate.shifts.{name}", name, shift) for name, shift in config.evaluate.shifts.items()}
+    evaluate = replace(config.evaluate, shifts=shifts)
+    return replace(config, data={"source": source, **data}, train=train, annotate=annotate, evaluate=evaluate)
+
+
+def _check_shift(where: str, name: str, shift: ShiftConfig) -> ShiftConfig:
+    check_folder_name(where, name)
+    return check_shift(shift, where)
 
 
 def _check_method(config: Config, name: str, method: Method, annotate: AnnotateConfig) -> None:

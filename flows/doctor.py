@@ -13,6 +13,7 @@ from typing import Any
 from csm import __version__
 from csm.classifiers import NETWORKS
 from csm.datasets import DATASETS
+from csm.datasets.shifts import SHIFTS
 from csm.encoders import ENCODERS
 from csm.errors import InputError
 from csm.generators import GENERATORS
@@ -20,6 +21,7 @@ from csm.generators.conditioning import OPERATORS
 from csm.losses import HARD, SOFT
 from csm.metrics import METRICS
 from csm.pixel_mixing import PIXEL_MIXING
+from csm.posthoc import POSTHOC
 from csm.reannotation import CALIBRATORS, HEADS
 from csm.schedules import SCHEDULES
 from flows.annotators import ENSEMBLE
@@ -45,9 +47,10 @@ def diagnose(workspace: Path, address: str) -> dict[str, Any]:
         "ray": _check_ray(address, problems),
         "configs": [name for name in config_names() if name != "default"],
         "datasets": list(DATASETS),
+        "shifts": list(SHIFTS),
         "generators": list(GENERATORS),
         "operators": list(OPERATORS),
-        "annotators": list(load_config("default").annotate.annotators),
+        "annotators": list(load_config("digits").annotate.annotators),
         "encoders": list(ENCODERS),
         "heads": [*HEADS, ENSEMBLE],
         "calibrators": list(CALIBRATORS),
@@ -57,6 +60,7 @@ def diagnose(workspace: Path, address: str) -> dict[str, Any]:
         "mixing": list(PIXEL_MIXING),
         "schedules": list(SCHEDULES),
         "metrics": list(METRICS),
+        "posthoc": list(POSTHOC),
         "problems": problems,
     }
 
@@ -72,6 +76,7 @@ def show(findings: dict[str, Any]) -> None:
     print(f"{'ray':<12}{ray['address']}: {ray['state']}")
     registries = (
         "datasets",
+        "shifts",
         "generators",
         "operators",
         "annotators",
@@ -84,6 +89,7 @@ def show(findings: dict[str, Any]) -> None:
         "mixing",
         "schedules",
         "metrics",
+        "posthoc",
     )
     for key in ("configs", *registries):
         print(f"{key:<12}{', '.join(findings[key])}")

@@ -1,47 +1,64 @@
-"""evaluate: predictions -> metrics.parquet, before and after temperature scaling."""
+"""evaluate: predictions -> metrics.parquet, as trained and after each post-hoc method, and comparison.parquet."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
+from torch import Tensor
 
 from csm import storage, tables
 from csm.datasets import RealDataset
 from csm.metrics import METRICS, evaluate
 from csm.plots import reliability_diagram
-from csm.posthoc import fit_temperature
+from csm.posthoc import Posthoc, apply_posthoc, fit_posthoc
 from csm.runs import RunSpec
-from flows.artifacts import StageRecord
+from flows.artifacts import StageRecord, Workspace
+from flows.comparison import compare
 from flows.config import Config
-from flows.progress import task
+from flows.progress import say, task
 from flows.stages import Context, Made, Stage
-from flows.summary import Method, summary_table
+from flows.summary import NONE, TEMPERATURE, Method, baseline_of, summary_table
 from flows.train import run_specs
 from flows.training import run_key
 
+Split = tuple[Tensor, Tensor]  # logits (N, K) and labels (N,)
+
 
 def _run(context: Context, record: StageRecord) -> Made:
-    workspace, bins = context.workspace, context.config.evaluate.bins
+    workspace, settings = context.workspace, context.config.evaluate
     specs = run_specs(context)
     n_classes = RealDataset.load_info(workspace.root).n_classes
     rows: list[dict[str, Any]] = []
+    fitted: dict[tuple[str, str], Posthoc] = {}
     with task("evaluate", len(specs)) as progress:
         for spec in specs:
-            logits = {split: split_logits(spec, split, n_classes) for split in ("val", "test")}
-            temperature = fit_temperature(*logits["val"])
-            measured = _measure(spec, logits, temperature, bins)
+            splits = {split: split_logits(spec, split, n_classes) for split in ("val", "test")}
+            of_run = {name: fit_posthoc(name, *splits["val"], where=spec.run) for name in posthoc_names(context.config)}
+            measured = [row for posthoc in of_run.values() for row in _measure(spec, splits, posthoc, settings.bins)]
+            _log(context, spec, splits["test"], of_run, measured, settings.bins)
+            fitted |= {(spec.run, name): posthoc for name, posthoc in of_run.items()}
             rows += measured
-            _log(context, spec, logits["test"], temperature, measured, bins)
             progress.advance()
+    for name, note in dict.fromkeys((posthoc.name, posthoc.note) for posthoc in fitted.values() if posthoc.note):
+        say(f"  {name}: {note}")
     metrics = pl.DataFrame(rows, schema=dict(tables.METRICS))
     tables.write(metrics, workspace.metrics, tables.METRICS)
-    _log_summary(context, metrics, bins)
-    return Made(len(metrics), storage.file_digest(workspace.metrics))
+    comparison = _compare(context, specs, fitted, n_classes)
+    tables.write(comparison, workspace.comparison, tables.COMPARISON)
+    _log_summary(context, metrics)
+    return Made(len(metrics), storage.digest(storage.file_digest(workspace.metrics), storage.file_digest(workspace.comparison)))
 
 
-def split_logits(spec: RunSpec, split: str, n_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def posthoc_names(config: Config) -> tuple[str, ...]:
+    """Post-hoc methods that are measured, "none" first."""
+    return tuple(dict.fromkeys((NONE, *config.evaluate.posthoc)))
+
+
+def split_logits(spec: RunSpec, split: str, n_classes: int) -> Split:
     """Logits float32 (N, K) and labels int64 (N,) of a finished run on ``split``."""
     frame = tables.read(spec.directory / "predictions.parquet", tables.predictions(n_classes)).filter(pl.col("split") == split)
     return torch.from_numpy(frame["logits"].to_numpy().copy()), torch.from_numpy(frame["label"].to_numpy().astype(np.int64))
@@ -55,62 +72,125 @@ def compared(config: Config) -> list[Method]:
     ]
 
 
-def _measure(
-    spec: RunSpec, logits: dict[str, tuple[torch.Tensor, torch.Tensor]], temperature: float, bins: int
-) -> list[dict[str, Any]]:
-    """Rows of the `metrics` table for one run: every metric, on both splits, at temperature 1 and at the fitted one."""
-    rows = []
-    for split, (scores, labels) in logits.items():
-        for fitted, used in ((False, 1.0), (True, temperature)):
-            common = {
+def training_cost(workspace: Workspace, config: Config) -> dict[str, float]:
+    """Device-seconds that training one classifier of each method took, mean over seeds: GPUs if the workers have any, else CPU cores."""
+    devices = config.train.workers * (config.resources.train.gpus or config.resources.train.cpus)
+    costs = {}
+    for name in config.train.chosen:
+        records = [storage.read_json(workspace.run(f"{name}-seed{seed}") / "run.json") for seed in range(config.train.seeds)]
+        costs[name] = devices * sum(record["seconds"] for record in records) / len(records)
+    return costs
+
+
+def device(config: Config) -> str:
+    """What ``training_cost`` counts, as a table heads it."""
+    return "GPU s" if config.resources.train.gpus else "core s"
+
+
+def _measure(spec: RunSpec, splits: Mapping[str, Split], posthoc: Posthoc, bins: int) -> Iterator[dict[str, Any]]:
+    """Rows of the `metrics` table for one run after ``posthoc``: every metric, on both splits."""
+    temperature = posthoc.values["temperature"] if posthoc.name == TEMPERATURE else 1.0
+    for split, (logits, labels) in splits.items():
+        # As trained, not through log-probabilities: their rounding may push a confidence off the bin edge that it lies on.
+        scores = logits if posthoc.name == NONE else apply_posthoc(logits, posthoc)
+        for metric, value in evaluate(scores, labels, n_bins=bins).items():
+            yield {
                 "run": spec.run,
                 "method": spec.method,
                 "seed": spec.seed,
                 "split": split,
-                "fitted": fitted,
-                "temperature": used,
+                "posthoc": posthoc.name,
+                "temperature": temperature,
+                "metric": metric,
+                "bins": bins if METRICS[metric].binned else None,
+                "value": value,
             }
-            for metric, value in evaluate(scores, labels, used, bins).items():
-                rows.append({**common, "metric": metric, "bins": bins if METRICS[metric].binned else None, "value": value})
-    return rows
+
+
+class _Calibrated(Mapping[str, list[Split]]):
+    """Test predictions of each method after a post-hoc method, read when asked for: those of all methods may not fit into memory."""
+
+    def __init__(self, specs: list[RunSpec], fitted: Mapping[tuple[str, str], Posthoc], posthoc: str, n_classes: int) -> None:
+        self.posthoc = posthoc
+        self.fitted = fitted
+        self.read = partial(split_logits, split="test", n_classes=n_classes)
+        self.specs: dict[str, list[RunSpec]] = {}
+        for spec in specs:
+            self.specs.setdefault(spec.method, []).append(spec)
+
+    def __getitem__(self, method: str) -> list[Split]:
+        predictions = []
+        for spec in self.specs[method]:
+            logits, labels = self.read(spec)
+            predictions.append((apply_posthoc(logits, self.fitted[spec.run, self.posthoc]), labels))
+        return predictions
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+def _compare(context: Context, specs: list[RunSpec], fitted: Mapping[tuple[str, str], Posthoc], n_classes: int) -> pl.DataFrame:
+    settings, baseline = context.config.evaluate, baseline_of(compared(context.config))
+    say(f"  comparing {len(context.config.train.chosen)} methods in {settings.draws:,} resamples of the test images and seeds")
+    return pl.concat(
+        compare(_Calibrated(specs, fitted, name, n_classes), name, baseline, settings.bins, settings.draws)
+        for name in posthoc_names(context.config)
+    )
 
 
 def _log(
     context: Context,
     spec: RunSpec,
-    test: tuple[torch.Tensor, torch.Tensor],
-    temperature: float,
+    test: Split,
+    fitted: Mapping[str, Posthoc],
     rows: list[dict[str, Any]],
     bins: int,
 ) -> None:
     """Final metrics and the reliability diagram, in the classifier's own MLflow run."""
     key = context.child(run_key(spec), spec.run, {"csm.kind": "classifier"}, {})
-    final = {f"{row['split']}_{row['metric']}{'_fitted' if row['fitted'] else ''}": row["value"] for row in rows}
-    context.tracker.log_metrics(key, {**final, "temperature": temperature})
-    before, after = ((test[0] / scale).softmax(dim=1).max(dim=1) for scale in (1.0, temperature))
+    context.tracker.log_metrics(key, {f"{row['split']}_{row['metric']}{_suffix(row['posthoc'])}": row["value"] for row in rows})
+    before = test[0].softmax(dim=1).max(dim=1)
+    after = None
+    if TEMPERATURE in fitted:
+        context.tracker.log_metrics(key, {"temperature": fitted[TEMPERATURE].values["temperature"]})
+        after = apply_posthoc(test[0], fitted[TEMPERATURE]).exp().amax(dim=1).numpy()
     correct = (before.indices == test[1]).numpy()
-    figure = reliability_diagram(before.values.numpy(), correct, bins, f"{spec.run}, test", after.values.numpy())
+    figure = reliability_diagram(before.values.numpy(), correct, bins, f"{spec.run}, test", after)
     context.tracker.log_figure(key, figure, "reliability.png")
     context.tracker.close_run(key)
 
 
-def _log_summary(context: Context, metrics: pl.DataFrame, bins: int) -> None:
+def _log_summary(context: Context, metrics: pl.DataFrame) -> None:
     """Means over seeds, in the parent run."""
-    summary = summary_table(metrics, compared(context.config), n_bins=bins).filter(pl.col("mean").is_not_null())
+    summary = summary_table(metrics, compared(context.config), n_bins=context.config.evaluate.bins)
     values = {
-        f"{row['method']}.{row['metric']}{'_fitted' if row['fitted'] else ''}": row["mean"]
-        for row in summary.iter_rows(named=True)
+        f"{row['method']}.{row['metric']}{_suffix(row['posthoc'])}": row["mean"]
+        for row in summary.filter(pl.col("mean").is_not_null()).iter_rows(named=True)
     }
     context.tracker.log_metrics(context.parent_key, values)
-    context.tracker.log_file(context.parent_key, context.workspace.metrics)
+    for file in (context.workspace.metrics, context.workspace.comparison):
+        context.tracker.log_file(context.parent_key, file)
+
+
+def _suffix(posthoc: str) -> str:
+    return "" if posthoc == NONE else f"_{posthoc}"
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    evaluate = asdict(config.evaluate)
+    del evaluate["shifts"]  # of evaluate-shift
+    return {"evaluate": evaluate}
 
 
 STAGE = Stage(
     name="evaluate",
     unit="values",
-    code_version=1,
+    code_version=2,
     inputs=("prepare", "train"),
-    settings=lambda config: {"evaluate": asdict(config.evaluate)},
-    outputs=lambda workspace, config: [workspace.metrics],
+    settings=_settings,
+    outputs=lambda workspace, config: [workspace.metrics, workspace.comparison],
     run=_run,
 )

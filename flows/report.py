@@ -15,10 +15,13 @@ from csm.datasets import DatasetInfo, RealDataset
 from csm.reannotation import soft_labels
 from flows import reporting
 from flows.artifacts import StageRecord, Workspace
-from flows.evaluate import compared, split_logits
+from flows.evaluate import compared, device, split_logits, training_cost
+from flows.evaluate_shift import shift_metrics
 from flows.fit_annotators import annotators, calibration_of
 from flows.progress import say
+from flows.reliability import Predictions, Reliability
 from flows.stages import Context, Made, Stage
+from flows.summary import TEMPERATURE
 from flows.train import run_specs
 
 GALLERY_SETS = 8  # mixed sets shown, of as many different pairs
@@ -41,6 +44,10 @@ def _run(context: Context, record: StageRecord) -> Made:
             stages=_stages(context),
             methods=compared(config),
             metrics=metrics,
+            comparison=tables.read(workspace.comparison, tables.COMPARISON),
+            shift_metrics=shift_metrics(workspace, config),
+            cost=training_cost(workspace, config),
+            device=device(config),
             reliability=_reliability(context, metrics, info.n_classes),
             gallery=_gallery(context, info),
             data_samples=_data_samples(data),
@@ -77,19 +84,19 @@ def _stages(context: Context) -> list[reporting.Stage]:
     return stages
 
 
-def _reliability(context: Context, metrics: pl.DataFrame, n_classes: int) -> dict[str, reporting.Reliability]:
-    """Top class of every test image, pooled over seeds, before and after each run's temperature."""
-    temperatures = dict(metrics.filter("fitted").select("run", "temperature").unique().iter_rows())
-    pooled: dict[str, list[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]]] = {}
+def _reliability(context: Context, metrics: pl.DataFrame, n_classes: int) -> dict[str, Reliability]:
+    """Top class of every test image with every seed, before and after each run's temperature."""
+    temperatures = dict(metrics.filter(posthoc=TEMPERATURE).select("run", "temperature").unique().iter_rows())
+    found: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
     for spec in run_specs(context):
         logits, labels = split_logits(spec, "test", n_classes)
         before = logits.double().softmax(dim=1).max(dim=1)
-        after = (logits.double() / temperatures[spec.run]).softmax(dim=1).max(dim=1).values
-        pooled.setdefault(spec.method, []).append((before.values.numpy(), after.numpy(), (before.indices == labels).numpy()))
+        after = (logits.double() / temperatures.get(spec.run, 1.0)).softmax(dim=1).amax(dim=1)
+        found.setdefault(spec.method, []).append((before.values, after, before.indices == labels))
     result = {}
-    for method, parts in pooled.items():
-        before_, after_, correct = (np.concatenate(column) for column in zip(*parts, strict=True))
-        result[method] = reporting.Reliability(reporting.Predictions(before_, correct), reporting.Predictions(after_, correct))
+    for method, seeds in found.items():
+        before_, after_, correct = (torch.stack(column).numpy() for column in zip(*seeds, strict=True))  # (S, N)
+        result[method] = Reliability(Predictions(before_, correct), Predictions(after_, correct) if temperatures else None)
     return result
 
 
@@ -145,9 +152,10 @@ def _generator_samples(workspace: Workspace, info: DatasetInfo) -> list[tuple[st
 STAGE = Stage(
     name="report",
     unit="methods",
-    code_version=1,
+    code_version=2,
     inputs=("prepare", "generator", "plan", "mix", "fit-annotators", "annotate", "train", "evaluate"),
     settings=lambda config: {"name": config.name, "methods": [method.__dict__ for method in compared(config)]},
+    more_inputs=lambda config: ("evaluate-shift",) if config.evaluate.shifts else (),
     outputs=lambda workspace, config: [workspace.report],
     run=_run,
 )

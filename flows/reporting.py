@@ -8,19 +8,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
 import polars as pl
-import torch
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 from PIL import Image
 
-from csm.metrics.binning import Bins, bin_samples
-from csm.metrics.calibration import mean_gap
-from flows.summary import COLUMNS, Method, select, shown, summary_table, verdict
+from flows.reliability import Reliability, diagram, is_drawable
+from flows.result_tables import POSTHOC_COLUMNS, lowest
+from flows.shift_summary import shift_tables
+from flows.summary import (
+    COLUMNS,
+    NONE,
+    SIGNIFICANT,
+    TEMPERATURE,
+    Method,
+    baseline_of,
+    is_compared,
+    select,
+    shown,
+    summary_table,
+)
+from flows.verdict import verdict
 
 Picture = NDArray[np.uint8]
 
@@ -48,22 +60,6 @@ class Dataset:
     class_names: Sequence[str]
     split_counts: Mapping[str, int]
     image_shape: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """A method's top class, pooled over seeds: confidence (N,) in [0, 1], and (N,) bool whether it is correct."""
-
-    confidence: NDArray[np.floating[Any]]
-    correct: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """A method's test predictions before and (if fitted) after temperature scaling."""
-
-    before: Predictions
-    after: Predictions | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,10 @@ class MixedSet:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page shows (empty parts are left out); ``metrics`` as ``csm.tables.METRICS``."""
+    """All that the page shows (empty parts are left out).
+
+    ``metrics``, ``comparison`` and ``shift_metrics`` are tables of ``csm.tables``; ``cost``: method -> ``device`` seconds of training.
+    """
 
     title: str
     created: datetime
@@ -112,6 +111,10 @@ class Report:
     stages: Sequence[Stage]
     methods: Sequence[Method]
     metrics: pl.DataFrame
+    comparison: pl.DataFrame | None = None
+    shift_metrics: pl.DataFrame | None = None
+    cost: Mapping[str, float] = field(default_factory=dict)
+    device: str = "core s"
     reliability: Mapping[str, Reliability] = field(default_factory=dict)
     gallery: Sequence[MixedSet] = ()
     data_samples: Sequence[tuple[str, Sequence[Picture]]] = ()
@@ -136,10 +139,12 @@ def render(report: Report) -> str:
         "number": lambda value: f"{value:,}",
     }
     rows = select(report.metrics, report.methods, split=report.split, n_bins=report.n_bins)
-    summary = summary_table(rows, report.methods, split=report.split, n_bins=report.n_bins)
+    summary = summary_table(rows, report.methods, report.comparison, split=report.split, n_bins=report.n_bins)
+    in_table = summary.filter(pl.col("posthoc").is_in([NONE, TEMPERATURE]))
     sentences = verdict(
         rows,
         report.methods,
+        report.comparison,
         split=report.split,
         n_bins=report.n_bins,
         mark=lambda name: f"<b>{escape(name)}</b>",
@@ -149,13 +154,21 @@ def render(report: Report) -> str:
     return page.render(
         report=report,
         columns=COLUMNS,
-        cell=lambda method, metric, fitted: shown(summary, method, metric, fitted),
-        verdict=Markup(re.sub(r" (?=±|%)|(?<=±) ", "\u00a0", " ".join(sentences))),  # escaped by mark
+        cell=lambda method, metric, posthoc: shown(summary, method, metric, posthoc),
+        verdict=_words(sentences[:2]),
+        details=_words(sentences[2:]),
         seeds=_seeds(summary),
         one_seed=summary["count"].max() == 1,
-        complete=summary["mean"].count() == len(report.methods) * (2 * len(COLUMNS) + 1),
+        complete=in_table["mean"].count() == len(report.methods) * (2 * len(COLUMNS) + 1),
+        compared=is_compared(summary),
+        baseline=baseline_of(report.methods) if summary["p_holm"].count() else None,
+        significant=SIGNIFICANT,
+        posthocs=_posthocs(summary),
+        posthoc_columns=POSTHOC_COLUMNS,
+        lowest=lambda method, metric: lowest(summary, method, metric, _posthocs(summary)),
+        shifts=[] if report.shift_metrics is None else shift_tables(report.shift_metrics, report.methods),
         tracks=[_track(rows, report.methods, metric) for metric in ("nll", "ece")],
-        reliability={n: _reliability(r, report.n_bins) for n, r in report.reliability.items() if _drawable(r)},
+        reliability={n: diagram(r, report.n_bins) for n, r in report.reliability.items() if is_drawable(r)},
         gallery=[_set(mixed) for mixed in report.gallery[:MAX_SETS]],
         samples=samples,
         per_row=max((len(images) for _, *kinds in samples for images in kinds), default=1),
@@ -194,61 +207,27 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def _words(sentences: Sequence[str]) -> Markup:
+    """Sentences whose names are escaped, with numbers and their units kept together."""
+    return Markup(re.sub(r" (?=±|%)|(?<=±) ", "\u00a0", " ".join(sentences)))
+
+
 def _seeds(summary: pl.DataFrame) -> str:
     counts: list[int] = sorted(summary["count"].to_list()) or [0]
     number = f"{counts[0]}" if counts[0] == counts[-1] else f"{counts[0]} to {counts[-1]}"
     return f"{number} seed{'' if counts[-1] == 1 else 's'}"
 
 
-class Bar(NamedTuple):
-    """A bin of a reliability diagram that is not empty; all in fractions of the axis."""
-
-    low: float
-    high: float
-    confidence: float
-    accuracy: float
-    share: float  # of all predictions
-    height: float  # of the histogram
-
-
-def _drawable(pair: Reliability) -> bool:
-    sides = (pair.before, pair.after) if pair.after is not None else (pair.before,)
-    return all(len(side.confidence) > 0 and bool(np.isfinite(side.confidence).all()) for side in sides)
-
-
-def _reliability(pair: Reliability, n_bins: int) -> dict[str, Any]:
-    sides = {"before": pair.before} | ({"after": pair.after} if pair.after is not None else {})
-    bins = {
-        side: bin_samples(
-            torch.from_numpy(np.asarray(predictions.confidence, dtype=np.float64)),
-            torch.from_numpy(np.asarray(predictions.correct, dtype=np.float64)),
-            n_bins,
-        )
-        for side, predictions in sides.items()
-    }
-    gaps = {side: mean_gap(b).item() for side, b in bins.items()}
-    highest = max(float(b.count.max() / b.count.sum()) for b in bins.values())
-    return {
-        "bars": {"after": [], **{side: _bars(b, highest) for side, b in bins.items()}},
-        "ece": {"after": "", **{side: f"{100 * g:.{1 if g >= 0.01 else 2}f}" for side, g in gaps.items()}},
-        "count": int(bins["before"].count.sum()),
-        "highest": f"{100 * highest:.0f}",
-    }
-
-
-def _bars(bins: Bins, highest: float) -> list[Bar]:
-    count, confidence, accuracy = bins.count.tolist(), bins.confidence.tolist(), bins.outcome.tolist()
-    size, total = len(count), sum(count)
-    shares = [n / total for n in count]
-    return [
-        Bar(b / size, (b + 1) / size, confidence[b], accuracy[b], shares[b], shares[b] / highest) for b in range(size) if count[b]
-    ]
+def _posthocs(summary: pl.DataFrame) -> list[str]:
+    """Post-hoc methods, if there are more than those that the table of results shows."""
+    names = summary["posthoc"].unique(maintain_order=True).to_list()
+    return names if set(names) - {NONE, TEMPERATURE} else []
 
 
 def _track(rows: pl.DataFrame, methods: Sequence[Method], metric: str) -> dict[str, Any]:
     """Lay out the dot plot of ``metric``: seeds and mean, before and after, in per cent of the width."""
     column = next(column for column in COLUMNS if column.metric == metric)
-    rows = rows.filter(pl.col("metric") == metric, pl.col("value").is_finite())
+    rows = rows.filter(pl.col("metric") == metric, pl.col("posthoc").is_in([NONE, TEMPERATURE]), pl.col("value").is_finite())
     values = (100 * rows["value"]).to_list()
     if not values:
         return {"column": column, "ticks": [], "rows": {}}
@@ -258,9 +237,9 @@ def _track(rows: pl.DataFrame, methods: Sequence[Method], metric: str) -> dict[s
         return round(3 + 94 * (value - ticks[0]) / (ticks[-1] - ticks[0]), 2)
 
     lines: dict[str, dict[str, Any]] = {method.name: {"before": None, "after": None} for method in methods}
-    for (name, fitted), group in rows.group_by("method", "fitted"):
+    for (name, posthoc), group in rows.group_by("method", "posthoc"):
         seeds = (100 * group["value"]).to_list()
-        lines[str(name)]["after" if fitted else "before"] = {
+        lines[str(name)]["before" if posthoc == NONE else "after"] = {
             "mean": place(sum(seeds) / len(seeds)),
             "seeds": [place(value) for value in seeds],
         }

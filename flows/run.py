@@ -15,16 +15,33 @@ import polars as pl
 
 from cluster.session import require_answer
 from csm import storage, tables
-from flows import annotate, evaluate, fit_annotators, fit_teacher, generator, mix, plan, prepare, report, train
-from flows.artifacts import open_workspace
+from csm.errors import InputError
+from flows import (
+    annotate,
+    evaluate,
+    evaluate_shift,
+    fit_annotators,
+    fit_teacher,
+    generator,
+    mix,
+    plan,
+    prepare,
+    report,
+    shift,
+    train,
+)
+from flows.artifacts import Workspace, open_workspace
 from flows.config import Config
+from flows.result_tables import posthoc_table, shift_table, terminal_table
+from flows.shift_summary import shift_tables
 from flows.stages import Context, refuse_replacing, require, run_stage
-from flows.summary import summary_table, terminal_table
+from flows.summary import summary_table
 
 STAGES = {
     stage.name: stage
     for stage in (
         prepare.STAGE,
+        shift.STAGE,
         generator.STAGE,
         fit_teacher.STAGE,
         fit_annotators.STAGE,
@@ -32,13 +49,17 @@ STAGES = {
         mix.STAGE,
         annotate.STAGE,
         train.STAGE,
+        evaluate_shift.STAGE,
         evaluate.STAGE,
         report.STAGE,
     )
 }
-RAY_STAGES = frozenset({"generator", "fit-teacher", "fit-annotators", "mix", "annotate", "train"})
-VERBS = {name: (name,) for name in STAGES if name not in ("generator", "fit-teacher", "fit-annotators", "annotate")}
+RAY_STAGES = frozenset({"generator", "fit-teacher", "fit-annotators", "mix", "annotate", "train", "evaluate-shift"})
+VERBS = {
+    name: (name,) for name in STAGES if name not in ("generator", "fit-teacher", "fit-annotators", "annotate", "evaluate-shift")
+}
 VERBS |= {"fit-generator": ("generator",), "import-generator": ("prepare", "generator")}
+VERBS |= {"evaluate": ("shift", "evaluate-shift", "evaluate")}
 VERBS |= {"annotate": ("fit-annotators", "annotate"), "run": tuple(name for name in STAGES if name != "fit-teacher")}
 
 
@@ -59,7 +80,7 @@ def run_verb(
         names = verb_stages(verb, config)
         try:
             refuse_replacing(context, names)
-            if verb == "plan":  # what it lacks is said before the teacher is trained
+            if verb in ("plan", "evaluate"):  # what it lacks is said before the teacher is trained, or shift sets are made
                 require(context, verb, [name for name in STAGES[verb].reads(config) if name not in names])
             if address != "local" and not RAY_STAGES.isdisjoint(names):
                 context.connect()  # now, rather than after an hour of other work
@@ -86,8 +107,12 @@ def run_verb(
 
 
 def verb_stages(verb: str, config: Config) -> tuple[str, ...]:
-    """Stages that ``verb`` runs: ``VERBS``, and of those without a verb the teacher, where it is asked."""
+    """Stages that ``verb`` runs: ``VERBS``, and of those without a verb the teacher, where it is asked; shift sets where there are any."""
     names = VERBS[verb]
+    if not config.evaluate.shifts:
+        if verb == "shift":
+            raise InputError("evaluate.shifts: no set is configured; for example --set evaluate.shifts.corrupted.kind=corrupted")
+        names = tuple(name for name in names if name not in ("shift", "evaluate-shift"))
     asking = [name for name in ("fit-annotators", "plan") if name in names and "fit-teacher" in STAGES[name].reads(config)]
     if not asking:
         return names
@@ -95,11 +120,16 @@ def verb_stages(verb: str, config: Config) -> tuple[str, ...]:
     return (*names[:first], "fit-teacher", *names[first:])
 
 
-def results_table(config: Config, metrics: Path) -> Any:
-    """The results as a rich table: mean and standard deviation over seeds on the test split, best per column marked."""
-    methods = evaluate.compared(config)
-    frame: pl.DataFrame = tables.read(metrics, tables.METRICS)
-    return terminal_table(summary_table(frame, methods, n_bins=config.evaluate.bins), methods)
+def results_tables(config: Config, root: Path) -> list[Any]:
+    """The results in a workspace as rich tables: methods against the baseline on the test split, post-hoc methods, shift sets."""
+    workspace, methods = Workspace(root), evaluate.compared(config)
+    metrics: pl.DataFrame = tables.read(workspace.metrics, tables.METRICS)
+    comparison = tables.read(workspace.comparison, tables.COMPARISON)
+    summary = summary_table(metrics, methods, comparison, n_bins=config.evaluate.bins)
+    main = terminal_table(summary, methods, evaluate.training_cost(workspace, config), evaluate.device(config))
+    more = posthoc_table(summary, methods)
+    shifts = shift_tables(evaluate_shift.shift_metrics(workspace, config), methods)
+    return [main, *([more] if more else []), *(shift_table(shift) for shift in shifts)]
 
 
 @contextmanager

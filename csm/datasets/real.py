@@ -1,5 +1,6 @@
 """The `real` table and what is known of it: the form that every data set takes."""
 
+import math
 import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,8 @@ import torch
 from csm import storage, tables
 from csm.errors import InputError
 from csm.generators import ExactGenerator, load_truth
+
+CHUNK = 256  # images that are copied at once: bounds the memory beside the images and the table
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def build(
     splits: np.ndarray,
     class_names: Sequence[str],
 ) -> RealDataset:
-    """Make a `real` table from arrays and compute its statistics from the train split.
+    """Make a `real` table from arrays and compute its statistics from the train split. Takes about twice the memory of ``images``.
 
     Args:
         name: of the data set.
@@ -94,17 +97,22 @@ def build(
         class_names: K names.
 
     Raises:
-        InputError: fewer than two classes, a class without a training image, or an empty split.
+        InputError: fewer than two classes, a label that is none of them, a class without a training image, or an empty split.
     """
     n_classes = len(class_names)
     if n_classes < 2:
         raise InputError(f"data set {name!r} has {n_classes} class ({', '.join(class_names)}): at least 2 are needed to mix")
+    outside = np.flatnonzero((labels < 0) | (labels >= n_classes))
+    if len(outside):
+        raise InputError(
+            f"data set {name!r}: image {outside[0]} has label {labels[outside[0]]}; expected 0 to {n_classes - 1}, "
+            f"as there are {n_classes} classes"
+        )
     for split in tables.SPLITS:
         if not (splits == split).any():
             raise InputError(
                 f"data set {name!r} has no image in split {split!r}: give it more images, or change data.val and data.test"
             )
-    train = images[splits == "train"].astype(np.float64) / 255.0
     missing = sorted(set(range(n_classes)) - set(labels[splits == "train"].tolist()))
     if missing:
         raise InputError(f"data set {name!r}: class {class_names[missing[0]]!r} has no training image")
@@ -113,22 +121,44 @@ def build(
             "image_id": np.arange(len(images), dtype=np.uint32),
             "split": pl.Series(splits.tolist(), dtype=tables.SPLIT),
             "label": labels.astype(np.uint16),
-            "image": pl.Series([image.tobytes() for image in images], dtype=pl.Binary()),
+            "image": pl.concat(
+                [
+                    pl.Series([image.tobytes() for image in images[first : first + CHUNK]], dtype=pl.Binary())
+                    for first in range(0, len(images), CHUNK)
+                ]
+            ),
         }
     )
-    # A constant channel would divide by zero; one level of 255 is the smallest spread that 8 bits can hold.
-    std = np.maximum(train.std(axis=(0, 1, 2)), 1 / 255)
-    content = (images.tobytes(), labels.astype(np.uint16).tobytes(), "".join(splits.tolist()).encode())
+    mean, std = _statistics(images, np.flatnonzero(splits == "train"))
+    pixels = np.ascontiguousarray(images).reshape(-1).data
+    content = (pixels, labels.astype(np.uint16).tobytes(), "".join(splits.tolist()).encode())
     info = DatasetInfo(
         name=name,
         shape=(images.shape[1], images.shape[2], images.shape[3]),
         class_names=tuple(class_names),
-        mean=tuple(train.mean(axis=(0, 1, 2)).tolist()),
-        std=tuple(std.tolist()),
+        mean=mean,
+        std=std,
         counts={split: int((splits == split).sum()) for split in tables.SPLITS},
         digest=storage.bytes_digest(*content),
     )
     return RealDataset(info, tables.check(frame, tables.REAL, name))
+
+
+def _statistics(images: np.ndarray, rows: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over ``images[rows]`` in units of 1/255, from exact counts of the 256 levels."""
+    channels = range(images.shape[3])
+    counts = np.zeros((len(channels), 256), dtype=np.int64)
+    for first in range(0, len(rows), CHUNK):
+        part = images[rows[first : first + CHUNK]]
+        counts += [np.bincount(part[..., channel].ravel(), minlength=256) for channel in channels]
+    levels = np.arange(256)
+    number = int(counts[0].sum())
+    totals, squares = (counts @ levels).tolist(), (counts @ levels**2).tolist()
+    # Python's whole numbers have no end. One level is the smallest spread that 8 bits can hold; a constant channel would divide by 0.
+    spreads = [
+        max(math.sqrt((number * square - total**2) / number**2), 1.0) for total, square in zip(totals, squares, strict=True)
+    ]
+    return tuple(total / (255 * number) for total in totals), tuple(spread / 255 for spread in spreads)
 
 
 def with_truth(dataset: RealDataset, truth: ExactGenerator) -> RealDataset:
@@ -155,3 +185,12 @@ def stratified_splits(labels: np.ndarray, val: float, test: float, seed: int) ->
         splits[members[:n_val]] = "val"
         splits[members[n_val : n_val + n_test]] = "test"
     return splits
+
+
+def complete_splits(
+    labels: np.ndarray, splits: np.ndarray, given: Collection[str], val: float, test: float, seed: int
+) -> np.ndarray:
+    """``splits`` (N,) with "val" and "test" cut from "train", stratified and seeded, as far as they are not among the ``given`` ones."""
+    complete, train = splits.astype("<U5"), splits == "train"
+    complete[train] = stratified_splits(labels[train], 0.0 if "val" in given else val, 0.0 if "test" in given else test, seed)
+    return complete

@@ -1,4 +1,7 @@
-"""Losses with a calibration error of the batch in them; signature and notation as in ``hard``. Not a mean over images."""
+"""Losses with a calibration error of the batch in them; signature and notation as in ``hard``.
+
+They are no means over images: the value for a batch is not that of its parts, averaged.
+"""
 
 import torch
 

@@ -47,10 +47,10 @@ def cpc(
         D = 1/(K-1) sum_{j != y} s_yj                             the label's class wins against every other
         E = 1/(2(K-1)(K-2)) sum_{i != j, both != y} s_ij          two classes that are not the label's are even; 0 for K = 2
 
-    E has the scale of the public implementations of the paper (MbLS, ACLS), less their constant terms i = j: half the mean cross-entropy
-    to 1/2 over pairs. Both are linear in the target: E weighs s_ij by 1 - t_i - t_j. Memory N K^2.
+    E has the scale of the implementations that circulate (the authors published none), without their constant terms i = j: half the mean
+    cross-entropy to 1/2 over pairs. Both are linear in the target: E weighs s_ij by 1 - t_i - t_j. Memory N K^2.
     """
-    z = widen(logits)
+    z, target = widen(logits), widen(target)
     classes = z.shape[1]
     cost = -F.logsigmoid(z[:, :, None] - z[:, None, :])  # (N, K, K)
     weight = discrimination / (classes - 1) * target[:, :, None].expand_as(cost)

@@ -1,18 +1,23 @@
-"""Metrics of a classifier's confidence: functions ``(probs, labels) -> 0-dim float64`` and their registry."""
+"""Metrics of a classifier's confidence: functions ``(probs, labels[, n_bins]) -> 0-dim float64`` and their registry."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from csm.metrics.calibration import aece, ece
-from csm.metrics.scores import accuracy, brier, check_logits, check_temperature, nll, nll_from_log_probs
+from csm.metrics.calibration import aece, classwise_ece, ece, ks, l2_ce_debiased, mce, oe, ue
+from csm.metrics.decomposition import brier_reliability, brier_resolution, brier_uncertainty
+from csm.metrics.scores import accuracy, block_rows, brier, check_logits, check_temperature, nll, nll_from_log_probs
+from csm.metrics.selective import aurc
+from csm.metrics.smoothing import smooth_ece
 
 
 class Metric(NamedTuple):
     """A registry entry: ``function(probs, labels)``, with ``n_bins`` as a third argument if ``binned``.
 
-    ``from_log_probs(log_probs, labels)`` is the same metric, exact where probabilities underflow to 0.
+    ``from_log_probs(log_probs, labels)`` is the same metric, exact where probabilities underflow to 0; a mean over
+    samples, so that blocks of them can be measured apart.
     """
 
     function: Callable[..., Tensor]
@@ -28,6 +33,8 @@ def evaluate(
     metrics: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Compute metrics of ``softmax(logits / temperature)``, in float64 throughout.
+
+    Beside the logits this holds their probabilities, 8 bytes each; whatever else is as large goes by blocks.
 
     Args:
         logits: (N, K), floating point, finite; N >= 1, K >= 2.
@@ -49,19 +56,23 @@ def evaluate(
     check_logits(logits, labels)
     check_temperature(temperature)
 
-    scaled = logits.detach().double() / temperature
-    # Not log_probs.exp(): that pushes a probability off the bin edge it lies on (1/K of K equal logits).
-    probs, log_probs = scaled.softmax(dim=1), scaled.log_softmax(dim=1)
+    scores, rows = logits.detach(), block_rows(logits)
+    probs = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
+    for part, block in zip(probs.split(rows), scores.split(rows), strict=True):
+        # Not log_softmax().exp(): that pushes a probability off the bin edge it lies on (1/K of K equal logits).
+        part.copy_((block.double() / temperature).softmax(dim=1))
     values: dict[str, float] = {}
     for name in names:
         metric = METRICS[name]
         if metric.from_log_probs is not None:
-            value = metric.from_log_probs(log_probs, labels)
+            values[name] = sum(
+                metric.from_log_probs((block.double() / temperature).log_softmax(dim=1), y).item() * (len(y) / len(labels))
+                for block, y in zip(scores.split(rows), labels.split(rows), strict=True)
+            )
         elif metric.binned:
-            value = metric.function(probs, labels, n_bins)
+            values[name] = metric.function(probs, labels, n_bins).item()
         else:
-            value = metric.function(probs, labels)
-        values[name] = value.item()
+            values[name] = metric.function(probs, labels).item()
     return values
 
 
@@ -69,6 +80,17 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric(accuracy),
     "ece": Metric(ece, binned=True),
     "aece": Metric(aece, binned=True),
+    "classwise_ece": Metric(classwise_ece, binned=True),
+    "mce": Metric(mce, binned=True),
+    "ks": Metric(ks),
+    "oe": Metric(oe, binned=True),
+    "ue": Metric(ue, binned=True),
     "nll": Metric(nll, from_log_probs=nll_from_log_probs),
     "brier": Metric(brier),
+    "brier_reliability": Metric(brier_reliability, binned=True),
+    "brier_resolution": Metric(brier_resolution, binned=True),
+    "brier_uncertainty": Metric(brier_uncertainty),
+    "l2_ce_debiased": Metric(l2_ce_debiased, binned=True),
+    "smooth_ece": Metric(smooth_ece),
+    "aurc": Metric(aurc),
 }

@@ -43,19 +43,10 @@ def bin_samples(confidence: Tensor, outcome: Tensor, n_bins: int = 15, scheme: S
         ValueError: n_bins or scheme is none of these; shapes differ; N is 0; a value is nan or outside
             [0, 1].
     """
-    if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins < 1:
-        raise ValueError(f"n_bins must be an int > 0, got {n_bins!r}")
-    if confidence.ndim < 1 or confidence.shape != outcome.shape:
-        raise ValueError(
-            f"confidence and outcome must have one shape (..., N), got {tuple(confidence.shape)} and {tuple(outcome.shape)}"
-        )
-    if confidence.numel() == 0:
-        raise ValueError(f"confidence must hold at least one sample, got shape {tuple(confidence.shape)}")
-    confidence = _unit_interval(confidence, "confidence")
-    outcome = _unit_interval(outcome, "outcome")
-
+    check_n_bins(n_bins)
+    confidence, outcome = check_samples(confidence, outcome)
     if scheme == "equal-width":
-        index = _equal_width(confidence, n_bins)
+        index = bin_indices(confidence, n_bins)
     elif scheme == "equal-mass":
         index = _equal_mass(confidence, n_bins)
     else:
@@ -72,7 +63,25 @@ def bin_samples(confidence: Tensor, outcome: Tensor, n_bins: int = 15, scheme: S
     )
 
 
-def _equal_width(confidence: Tensor, n_bins: int) -> Tensor:
+def check_n_bins(n_bins: int) -> None:
+    """Raise ValueError unless n_bins is an int > 0."""
+    if isinstance(n_bins, bool) or not isinstance(n_bins, int) or n_bins < 1:
+        raise ValueError(f"n_bins must be an int > 0, got {n_bins!r}")
+
+
+def check_samples(confidence: Tensor, outcome: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in float64, or raise ValueError unless they have one shape (..., N), N > 0, and values in [0, 1]."""
+    if confidence.ndim < 1 or confidence.shape != outcome.shape:
+        raise ValueError(
+            f"confidence and outcome must have one shape (..., N), got {tuple(confidence.shape)} and {tuple(outcome.shape)}"
+        )
+    if confidence.numel() == 0:
+        raise ValueError(f"confidence must hold at least one sample, got shape {tuple(confidence.shape)}")
+    return unit_interval(confidence, "confidence"), unit_interval(outcome, "outcome")
+
+
+def bin_indices(confidence: Tensor, n_bins: int) -> Tensor:
+    """Index int64 in 0..n_bins-1 of the equal-width bin of each confidence float64 in [0, 1]; same shape."""
     # Inner edges only: left of the first lies bin 0 (with 0), right of the last lies the last bin (with 1).
     # Each edge is one rounded quotient, so a float64 b/n_bins lies on it; linspace misses some by an ulp.
     edges = torch.arange(1, n_bins, dtype=torch.float64, device=confidence.device) / n_bins
@@ -86,7 +95,7 @@ def _equal_mass(confidence: Tensor, n_bins: int) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, group.expand_as(order))
 
 
-def _unit_interval(values: Tensor, name: str) -> Tensor:
+def unit_interval(values: Tensor, name: str) -> Tensor:
     """``values`` in float64, checked. Written so that nan fails too."""
     low, high = (bound.item() for bound in values.double().aminmax())
     if not (low >= 0 and high <= 1):

@@ -14,9 +14,11 @@ from csm.posthoc import (
     apply_isotonic,
     apply_temperature,
     fit_isotonic,
+    fit_scaled_temperature,
     fit_temperature,
     fit_vector,
 )
+from csm.posthoc.one_vs_rest import log_odds
 
 PAPER_SCALE = 4.0  # Luo et al. 2025
 Knots = tuple[tuple[float, float], ...]
@@ -120,14 +122,8 @@ def _fit_scale(shares: Tensor, labels: Tensor) -> Calibration:
 
 
 def _fit_temperature(log_posterior: Tensor, labels: Tensor) -> Calibration:
-    own = log_posterior.gather(1, labels[:, None]).squeeze(1)
-    if (own >= log_posterior.amax(dim=1)).all():
-        return Calibration("temperature", temperature=1.0, note="every held-out image is right, which does not tell T: kept at 1")
-    # A likelihood of many pixels can need a T of hundreds, beyond the range that fits a classifier's logits.
-    spread = max(1.0, log_posterior.double().std(dim=1).mean().item())
-    temperature = fit_temperature(log_posterior.double() / spread, labels)
-    note = f"T = {temperature * spread:g} is the end of its range" if temperature in (MIN_TEMPERATURE, MAX_TEMPERATURE) else ""
-    return Calibration("temperature", temperature=temperature * spread, note=note)
+    temperature, note = fit_scaled_temperature(log_posterior, labels)
+    return Calibration("temperature", temperature=temperature, note=note)
 
 
 def _fit_vector(log_posterior: Tensor, labels: Tensor) -> Calibration:
@@ -139,7 +135,7 @@ def _fit_vector(log_posterior: Tensor, labels: Tensor) -> Calibration:
 
 
 def _fit_isotonic(log_posterior: Tensor, labels: Tensor) -> Calibration:
-    odds = _log_odds(log_posterior.double())
+    odds = log_odds(log_posterior.double())
     knots = tuple(fit_isotonic(odds[:, k], labels == k) for k in range(odds.shape[1]))
     return Calibration("isotonic", knots=knots)
 
@@ -148,15 +144,6 @@ def _fit_isotonic_share(shares: Tensor, labels: Tensor) -> Calibration:
     own = _other_shares(shares, labels)
     both = torch.cat([own, 1 - own])  # the other class of the pair has the rest, and is not the label
     return Calibration("isotonic", knots=(fit_isotonic(both, torch.cat([torch.ones_like(own), torch.zeros_like(own)])),))
-
-
-def _log_odds(log_posterior: Tensor) -> Tensor:
-    """log p / (1 - p) of each class, exact where p rounds to 1."""
-    log_p = log_posterior.log_softmax(dim=1)
-    top = log_p.argmax(dim=1, keepdim=True)
-    rest = torch.log1p(-log_p.exp())
-    others = log_p.scatter(1, top, -torch.inf).logsumexp(dim=1, keepdim=True)
-    return log_p - rest.scatter(1, top, others)
 
 
 def _apply_none(log_posterior: Tensor, calibration: Calibration) -> Tensor:
@@ -175,7 +162,7 @@ def _apply_vector(log_posterior: Tensor, calibration: Calibration) -> Tensor:
 
 def _apply_isotonic(log_posterior: Tensor, calibration: Calibration) -> Tensor:
     """One class against the rest, renormalised (Zadrozny & Elkan 2002)."""
-    odds = _log_odds(log_posterior)
+    odds = log_odds(log_posterior)
     probs = torch.stack([apply_isotonic(odds[:, k], knots) for k, knots in enumerate(calibration.knots)], dim=1)
     return (probs / probs.sum(dim=1, keepdim=True)).log()
 

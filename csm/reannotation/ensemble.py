@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from csm import storage
 from csm.errors import InputError
+from csm.posthoc.ensemble import pool_weights
 from csm.reannotation.calibration import cross_fitted, fit_calibration, stratified_folds
 from csm.reannotation.calibrators import Calibration, apply_calibration, refit
-
-TOLERANCE, MAX_STEPS = 1e-6, 10_000
 
 
 @dataclass(frozen=True)
@@ -110,27 +109,6 @@ def fit_ensemble_calibration(
         return -apply_calibration(pooled, last).gather(1, labels[rows, None]).squeeze(1)
 
     return replace(fitted, nll=cross_fitted(labels, fit, score).mean().item())
-
-
-def pool_weights(log_likelihoods: Tensor) -> Tensor:
-    """Weights w on the simplex of greatest ``mean_i log sum_m w_m L_im``, by EM from equal weights (Dempster et al. 1977).
-
-    The likelihood is concave and never falls from step to step. At the end it is within 1e-6 nats of its maximum: that is at most
-    ``max_m mean_i (L_im / sum_j w_j L_ij) - 1`` away (its tangent). Should 10,000 steps not suffice, within ``log(M) / 10000``.
-
-    Args:
-        log_likelihoods: log L float64 (N, M), of N labels by M members.
-
-    Returns:
-        float64 (M,).
-    """
-    weights = torch.full_like(log_likelihoods[0], 1 / log_likelihoods.shape[1])
-    for _ in range(MAX_STEPS):
-        gain = (log_likelihoods - (log_likelihoods + weights.log()).logsumexp(dim=1, keepdim=True)).exp().mean(dim=0)
-        if gain.max() <= 1 + TOLERANCE:
-            break
-        weights = weights * gain
-    return weights / weights.sum()
 
 
 def _check_members(posteriors: Mapping[str, Tensor], calibrations: Mapping[str, Calibration]) -> None:

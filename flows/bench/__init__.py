@@ -122,6 +122,53 @@ def _truth(
 
 
 @bench.command(
+    "calibration",
+    short_help="Calibration methods, trained and measured alike.",
+    help="Train methods with several seeds on one data set, in parallel over Ray, and compare them with cross-entropy.",
+)
+@click.option("--config", default="digits-hard", show_default=True, help="Name of a bundled configuration, or a .yaml file.")
+@click.option(
+    "--methods",
+    metavar="all|losses|mixing|NAME,...",
+    help="all of train.methods, those without mixing, those with (beside cross-entropy), or names.  [default: train.compare]",
+)
+@click.option("--seeds", type=click.IntRange(min=1), help="Of each method.  [default: train.seeds]")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
+@click.option(
+    "--workspace", type=click.Path(path_type=Path), default=Path("calibration"), show_default=True, help="Where all goes."
+)
+@click.option(
+    "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
+)
+@with_options(OUTPUT_OPTIONS)
+def _calibration(
+    config: str,
+    methods: str | None,
+    seeds: int | None,
+    overrides: tuple[str, ...],
+    workspace: Path,
+    address: str,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    from flows.bench.calibration import calibrate, configure
+    from flows.run import results_tables
+
+    outcome = calibrate(configure(config, overrides, methods, seeds), workspace, address, " ".join(["csm", *sys.argv[1:]]))
+    if outcome.config is not None:
+        for table in results_tables(outcome.config, workspace):
+            print_table(table)
+        click.echo(f"report: {workspace / 'report.html'}")
+    if as_json:
+        click.echo(json.dumps(outcome.rows))
+    for run, error in outcome.failed.items():
+        click.echo(f"csm: failed: {run}: {error}", err=True)
+    if outcome.failed:
+        click.echo("csm: the same command trains what failed again, and nothing else", err=True)
+        raise SystemExit(1)
+
+
+@bench.command(
     "annotate",
     short_help="Speed of annotation.",
     help="Annotating mixed images by projection against the original's procedure, with the same encoder: images per second.",

@@ -7,7 +7,7 @@ import pytest
 
 from cluster import training
 from cluster.resources import Group
-from cluster.training import RunEvent, fit_many
+from cluster.training import RunEvent, TrainingError, fit_many
 from csm import storage
 from csm.errors import InputError
 from csm.methods import Method, MixedTerm
@@ -24,7 +24,7 @@ class Trained(NamedTuple):
     """Three good runs and one that fails, in one group; ``before`` was finished beforehand."""
 
     specs: dict[str, RunSpec]
-    error: RuntimeError
+    error: TrainingError
     events: list[RunEvent]
     groups: int
     time_before: int
@@ -71,7 +71,7 @@ def trained(finished, tmp_path_factory, ray_session, one_thread):
     with pytest.MonkeyPatch.context() as patch:
         group = training.TorchTrainer
         patch.setattr(training, "TorchTrainer", lambda *args, **kwargs: groups.append(1) or group(*args, **kwargs))
-        with pytest.raises(RuntimeError) as caught:
+        with pytest.raises(TrainingError) as caught:
             fit_many(list(specs.values()), Group(workers=1), root / "ray", "test", events.append)
     return Trained(specs, caught.value, events, len(groups), before)
 
@@ -98,6 +98,7 @@ def test_a_finished_run_is_not_trained_again(trained):
 def test_a_failing_run_is_named_and_leaves_the_others_alone(trained):
     assert str(trained.error).startswith("1 of 3 trainings failed; wild: FloatingPointError: training: loss is ")
     assert "learning_rate" in str(trained.error)
+    assert list(trained.error.errors) == ["wild"]
     assert not is_finished(trained.specs["wild"])
     assert [event for event in trained.events if event.kind == "failed"] == [
         RunEvent("wild", "failed", 0, {}, str(trained.error).partition("wild: ")[2])

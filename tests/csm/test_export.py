@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 from pyarrow import parquet
 
+from csm.datasets import load_dataset
 from csm.errors import InputError
 from csm.export import CARD, ENCODE_ROWS, FORMATS, WORK, Card, encode, rows, safe_names
 from csm.planning import PlanConfig, make_plan
@@ -330,3 +331,35 @@ def test_a_piece_that_is_cut_off_is_not_there_and_is_made_whole_again(made, form
         for directory in (cut, whole):
             FORMATS[form].write(directory, piece, encode(table, GREY, pool), about)
     assert (cut / piece).read_bytes() == (whole / piece).read_bytes()
+
+
+# Our own readers.
+
+
+@pytest.mark.parametrize("shape", [GREY, COLOUR])
+@pytest.mark.parametrize("form", ["webdataset", "huggingface"])
+def test_our_readers_read_the_images_and_the_likeliest_classes(made, form, shape, tmp_path):
+    _, plan, pixels, annotations = written(form, tmp_path / "out", made, shape)
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\n")  # lines, which these class names are not
+    given = {"class_names": str(names)} if form == "webdataset" else {}
+    data = load_dataset(form, path=str(tmp_path / "out"), channels=shape[2], val=0.2, test=0.2, **given)
+    assert data.info.shape == shape
+    assert data.info.class_names == (("a", "b", "c") if form == "webdataset" else NAMES)
+    label = expected(plan, annotations)
+    assert data.frame["image"].to_list() == [pixels[mix_id].tobytes() for mix_id in plan["mix_id"]]
+    assert data.frame["label"].to_list() == [label[mix_id].argmax() for mix_id in plan["mix_id"]]
+
+
+def test_our_reader_of_folders_takes_the_pairs_for_classes(made, tmp_path):
+    _, _, pixels, _ = written("image-folder", tmp_path, made, COLOUR)
+    data = load_dataset("image-folder", path=str(tmp_path / "images"), size=0, val=0.2, test=0.2)
+    assert data.info.class_names == ("black_cat-dog_wolf", "black_cat-größe_猫_x", "dog_wolf-größe_猫_x")
+    assert sorted(data.frame["image"]) == sorted(image.tobytes() for image in pixels.values())
+
+
+def test_an_export_without_labels_has_none_to_read(made, tmp_path):
+    for form, message in {"webdataset": "has no label; expected", "huggingface": "no column label or"}.items():
+        written(form, tmp_path / form, made, COLOUR, annotator=None)
+        with pytest.raises(InputError, match=message):
+            load_dataset(form, path=str(tmp_path / form))

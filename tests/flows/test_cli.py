@@ -13,7 +13,7 @@ from flows import cli
 from flows.config import load_config
 from flows.run import STAGES, VERBS, verb_stages
 
-RUN_VERBS = ("prepare", "fit-generator", "plan", "mix", "annotate", "train", "evaluate", "report", "run")
+RUN_VERBS = ("prepare", "shift", "fit-generator", "plan", "mix", "annotate", "train", "evaluate", "report", "run")
 ALL_VERBS = (*RUN_VERBS, "export", "ui", "doctor")
 
 
@@ -156,7 +156,7 @@ def test_an_unknown_stage_to_force(refused, tmp_path):
         (("data.val=0.9",), "data.val, data.test: expected fractions whose sum is below 1"),
         (("data.source=image-folder", "data.path=none"), "data.path: image folder none does not exist"),
         (("data.source=image-folder", "data.path=.", "data.channels=2"), "data.channels: expected 1 (grey) or 3 (RGB), got 2"),
-        (("data.source=image-folder", "data.path=.", "data.size=0"), "data.size: expected pixels"),
+        (("data.source=image-folder", "data.path=.", "data.size=-1"), "data.size: expected pixels"),
     ],
 )
 def test_data_settings_that_only_the_source_can_judge(refused, overrides, message, tmp_path):
@@ -246,7 +246,7 @@ def test_an_address_that_does_not_answer(refused, verb, address, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("verb", [verb for verb in RUN_VERBS if verb not in ("prepare", "run")])
+@pytest.mark.parametrize("verb", [verb for verb in RUN_VERBS if verb not in ("prepare", "shift", "run")])
 def test_a_verb_without_what_it_needs_says_what_to_run(refused, verb, tmp_path):
     message = refused(verb, "--workspace", "w")
     reason = f"{verb_stages(verb, load_config('demo'))[0]} needs prepare, which was not run in this workspace"
@@ -385,9 +385,43 @@ def test_a_full_disk_says_so(call, monkeypatch):
 
 def test_verbs_cover_every_stage():
     assert set(VERBS) == {*RUN_VERBS, "import-generator"}
+    shifted = load_config("demo", ["evaluate.shifts.photographs.kind=photographs"])
+    assert verb_stages("run", shifted) == tuple(STAGES)
+    assert {stage for verb in set(RUN_VERBS) - {"run"} for stage in verb_stages(verb, shifted)} == set(STAGES)
+
+
+def test_stages_of_shift_sets_are_left_out_where_there_is_none(refused, tmp_path):
     demo = load_config("demo")
-    assert verb_stages("run", demo) == tuple(STAGES)
-    assert {stage for verb in set(RUN_VERBS) - {"run"} for stage in verb_stages(verb, demo)} == set(STAGES)
+    assert verb_stages("run", demo) == tuple(name for name in STAGES if name not in ("shift", "evaluate-shift"))
+    assert verb_stages("evaluate", demo) == ("evaluate",)
+    photographs = ("--config", "digits", "--workspace", "w", "--set", "evaluate.shifts.photographs.kind=photographs")
+    for verb in ("shift", "evaluate"):
+        assert refused(verb, *photographs).startswith(
+            f"{verb} needs prepare, which was not run in this workspace: run `csm prepare`"
+        )
+    assert refused("shift", "--config", "digits").startswith("evaluate.shifts: no set is configured; for example --set")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "evaluate.shifts.noise.kind=nope",
+            "evaluate.shifts.noise.kind: unknown 'nope'; one of cifar-c, tiny-imagenet-c, corrupted",
+        ),
+        ("evaluate.shifts.fog={kind: cifar-c}", "evaluate.shifts.fog.parameters.path: missing"),
+        ("evaluate.shifts.fog.nope=1", "evaluate.shifts.fog."),
+        ("evaluate.shifts={../x: {kind: photographs}}", "evaluate.shifts.../x: '../x' cannot name a folder"),
+        (
+            "evaluate.shifts.x={kind: dataset, parameters: {source: digits, noise: 1}}",
+            "evaluate.shifts.x.parameters.noise: no such",
+        ),
+    ],
+)
+def test_shift_sets_that_cannot_be_used(refused, override, message, tmp_path):
+    assert refused("run", "--config", "digits", "--set", override).startswith(message)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_module_is_a_script_too():

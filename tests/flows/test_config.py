@@ -2,6 +2,8 @@ import pytest
 import yaml
 
 from csm.errors import InputError
+from csm.losses import HARD
+from csm.pixel_mixing import PIXEL_MIXING
 from flows.config import config_names, load_config, plain
 
 # The bundled configuration for images of one's own says nothing of where they are.
@@ -295,6 +297,12 @@ def test_parameters_of_a_network_get_their_types():
 def test_null_removes_what_the_defaults_have(override):
     assert "mixup" not in load_config("demo", [override, "train.compare=[csm]"]).train.methods
     assert refused("demo", override).startswith("train.compare: unknown 'mixup'; one of ")
+
+
+def test_every_loss_and_every_pixel_mixing_has_a_method_of_its_name():
+    methods = load_config("demo").train.methods
+    assert {name: methods[name].loss for name in HARD} == {name: name for name in HARD}
+    assert {name: methods[name].mixing.kind for name in PIXEL_MIXING} == {name: name for name in PIXEL_MIXING}
 
 
 def test_loss_trains_one_method_alone():

@@ -21,6 +21,7 @@ import yaml
 
 from csm import storage, tables
 from csm.generators import load_generator
+from csm.metrics import METRICS
 from csm.mixing import mix
 from csm.sampling import SamplerConfig
 
@@ -54,12 +55,13 @@ def test_the_json_line_keeps_its_contract(finished: Any) -> None:
 
 def test_metrics_hold_every_method_seed_and_metric_at_both_temperatures(finished: Any) -> None:
     metrics = pl.read_parquet(finished.result["metrics"]).filter(pl.col("split").cast(pl.String) == "test")
-    keys = set(metrics.select("method", "seed", "fitted", "metric").iter_rows())
-    names = ["accuracy", "ece", "aece", "nll", "brier"]
-    assert keys == {(m, 0, f, n) for m in ("cross-entropy", "csm") for f in (False, True) for n in names}
+    keys = set(metrics.select("method", "seed", "posthoc", "metric").iter_rows())
+    assert keys == {(m, 0, p, n) for m in ("cross-entropy", "csm") for p in ("none", "temperature") for n in METRICS}
     assert len(metrics) == len(keys)
-    assert (metrics.filter(~pl.col("fitted"))["temperature"] == 1.0).all()
-    assert metrics.filter("fitted").group_by("run").agg(pl.col("temperature").n_unique())["temperature"].to_list() == [1, 1]
+    assert (metrics.filter(posthoc="none")["temperature"] == 1.0).all()
+    assert metrics.filter(posthoc="temperature").group_by("run").agg(pl.col("temperature").n_unique())[
+        "temperature"
+    ].to_list() == [1, 1]
 
 
 def test_every_planned_image_is_mixed_and_annotated_once(finished: Any) -> None:
@@ -336,3 +338,27 @@ def direct_call(workspace: Path, plan: pl.DataFrame) -> pl.DataFrame:
     finally:
         torch.set_num_threads(threads)
     return pl.concat(parts).sort("mix_id")
+
+
+@pytest.mark.slow
+def test_shift_sets_are_made_and_measured_by_evaluate_and_leave_the_classifiers_alone(
+    finished: Any, csm: Run, write_config: Callable[..., Path], copy: Copy
+) -> None:
+    workspace = copy()
+    shifts = {
+        "noise": {"kind": "corrupted", "parameters": {"corruptions": "gaussian-noise", "severities": "1,5"}},
+        "photographs": {"kind": "photographs", "parameters": {"count": 40}},
+    }
+    config = write_config(evaluate={"shifts": shifts})
+    trained = {path: path.stat().st_mtime_ns for path in (workspace / "runs").glob("*/run.json")}
+    command = ["evaluate", "--config", config, "--workspace", workspace, "--json"]
+    done = csm(*command)
+    assert done.returncode == 0, done.stderr
+    assert list(last_line(done)["stages"]) == ["shift", "evaluate-shift", "evaluate"]
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
+    metrics = tables.read(workspace / "shift_metrics.parquet", tables.SHIFT_METRICS)
+    assert set(metrics["method"]) == {"cross-entropy", "csm"}
+    assert len(metrics) == 2 * 2 * (2 * 4 + 6)
+    again = last_line(csm(*command))["stages"]
+    assert again["shift"]["reused"]
+    assert again["evaluate-shift"]["reused"]

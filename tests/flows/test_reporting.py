@@ -13,13 +13,12 @@ from PIL import Image
 
 from csm.tables import METRICS
 from flows import reporting
+from flows.reliability import Predictions, Reliability
 from flows.reporting import (
     Annotation,
     Cell,
     Dataset,
     MixedSet,
-    Predictions,
-    Reliability,
     Report,
     Stage,
     data_uri,
@@ -27,7 +26,8 @@ from flows.reporting import (
     nice_ticks,
     render,
 )
-from flows.summary import Method
+from flows.summary import NONE, TEMPERATURE, Method
+from tests.flows.measured import comparison, shift_metrics
 
 VOID = {"meta", "link", "img", "wbr", "br"}
 METHODS = (
@@ -79,13 +79,13 @@ def metrics(seeds=3):
     rows = []
     for name in NLL:
         for seed in range(seeds):
-            for fitted, factor in ((False, 1.0), (True, 0.5)):
+            for posthoc, factor in ((NONE, 1.0), (TEMPERATURE, 0.5)):
                 nll, ece = NLL[name] * factor + seed / 100, ECE[name] * factor
                 values = {"accuracy": 0.765, "ece": ece, "aece": ece, "nll": nll, "brier": nll / 2}
                 for metric, value in values.items():
                     bins = 15 if metric.endswith("ece") else None
-                    temperature = 1.75 if fitted else 1.0
-                    rows.append((f"{name}-{seed}", name, seed, "test", fitted, temperature, metric, bins, value))
+                    temperature = 1.0 if posthoc == NONE else 1.75
+                    rows.append((f"{name}-{seed}", name, seed, "test", posthoc, temperature, metric, bins, value))
     return pl.DataFrame(rows, schema=dict(METRICS), orient="row")
 
 
@@ -213,7 +213,7 @@ def test_lead_says_who_wins_in_numbers(page):
     assert lead.startswith("3 methods were trained on digits with 3 seeds and measured on its 1,747 test images.")
     assert "csm_full has the lowest NLL, 91.0 ± 1.0 (×100) against 124.6 ± 1.0 for ce (lower with all 3 seeds)" in lead
     assert "focal has the lowest ECE, 3.1 ± 0.0 % against 12.3 ± 0.0 %" in lead
-    assert "comes first in 2 of 4 comparisons" in lead
+    assert "comes first in 2 of 4 comparisons" in page.text("p", **{"class": "details"})[0]
 
 
 def test_ece_in_a_diagram_is_that_of_the_pooled_predictions():
@@ -369,7 +369,7 @@ def test_a_healthy_page_has_no_stray_values(html):
 
 def test_before_and_after_without_a_fitted_temperature():
     only = {name: replace(pair, after=None) for name, pair in report().reliability.items()}
-    page = Page(render(replace(report(), metrics=metrics().filter(~pl.col("fitted")), reliability=only)))
+    page = Page(render(replace(report(), metrics=metrics().filter(posthoc=NONE), reliability=only)))
     assert result_rows(page)["ce"][5:] == ["–"] * 6
     assert not any("→" in text for text in page.text("text"))
 
@@ -390,3 +390,88 @@ def test_ticks_are_few_even_and_enclose(low, high):
     assert 3 <= len(ticks) <= 7
     assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
     assert nice_ticks(low, high, include_zero=True)[0] == 0
+
+
+def with_everything():
+    """With a comparison, costs, one more post-hoc method and two shift sets."""
+    p_holm = {"focal": 0.3, "csm_full": 0.02}
+    vector = metrics().filter(posthoc=TEMPERATURE).with_columns(posthoc=pl.lit("vector"), value=pl.col("value") / 1.5)
+    return replace(
+        report(),
+        metrics=pl.concat([metrics(), vector]),
+        comparison=comparison(p_holm, methods=METHODS),
+        shift_metrics=shift_metrics().with_columns(pl.col("method").replace("csm", "csm_full")),
+        cost={"ce": 12.34, "focal": 1234.5},
+        device="GPU s",
+    )
+
+
+@pytest.fixture(scope="module")
+def full():
+    return Page(render(with_everything()))
+
+
+def test_intervals_significance_and_cost_are_in_the_table(full):
+    cells = result_rows(full)["csm_full"]
+    assert cells[:5] == ["★76.5†49.0–53.0 best", "4.2†49.0–53.0", "4.2±0.0", "★91.0†49.0–53.0 best", "★45.5†49.0–53.0 best"]
+    assert result_rows(full)["focal"][3] == "111.0" + "49.0–53.0"
+    rows = full.text("tr")
+    assert next(row for row in rows if row.startswith("ce")).endswith(" 12.3")
+    assert next(row for row in rows if row.startswith("focal")).endswith(" 1234")
+    assert next(row for row in rows if row.startswith("csm_full")).endswith(" –")
+    intro = full.text("p")[2]
+    assert "95 % interval (bootstrap over seeds and test images), or ± the standard deviation over seeds." in intro
+    assert "† differs from ce, p < 0.05 (paired bootstrap, Holm-corrected for all methods)." in intro
+    assert "Cost: GPU-seconds of training one classifier, mean over seeds." in intro
+
+
+def test_without_a_comparison_nothing_is_said_of_chance(page):
+    words = " ".join(page.text("p"))
+    assert "†" not in words
+    assert "bootstrap" not in words
+    assert page.text("h2") == ["Results", "Reliability", "Mixed images", "Samples", "What was run"]
+
+
+def test_posthoc_methods_and_shift_sets_have_tables(full):
+    assert full.text("h2")[:4] == ["Results", "Post-hoc methods", "Under shift", "Reliability"]
+    rows = full.text("tr")
+    assert "focal 3.1 1.6 1.0 lowest 111.0 56.0 37.3 lowest" in rows
+    assert [text for text in full.text("h3") if "corrupted" in text] == [
+        "corrupted, as trained",
+        "corrupted, with the fitted temperature",
+    ]
+    assert "csm_full 73.0 best 33.0 best 27.0 best 67.0 best 127.0 best 167.0 best" in rows
+    assert "csm_full 82.0 best 42.0" in rows
+    assert any("2 corruptions: blur, noise; columns are severities." in text for text in full.text("p"))
+
+
+def test_the_page_with_everything_is_accessible():
+    text = render(with_everything())
+    test_page_is_accessible(text, Page(text))
+    test_a_healthy_page_has_no_stray_values(text)
+
+
+def test_a_smooth_curve_with_its_band_lies_over_the_bars(html):
+    curves = re.findall(r'class="curve-of (\w+)" d="([^"]*)"', html)
+    assert [side for side, _ in curves].count("before") > len(METHODS)  # one in the key
+    ends = [tuple(map(float, point.split())) for point in re.split("[ML]", curves[-1][1])[1:]]
+    assert all(40 <= x <= 330 and 8 <= y <= 298 for x, y in ends)  # inside the diagram
+    assert [x for x, _ in ends] == sorted(x for x, _ in ends)
+    assert len(re.findall(r'class="band after"', html)) == len(re.findall(r'class="curve-of after"', html))
+
+
+def test_thirty_methods_stay_under_two_megabytes():
+    names = [f"method-{index}" for index in range(30)]
+    frame = metrics().filter(method="focal")
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.1, 1, (3, 100))
+    pair = Reliability(Predictions(confidence, confidence > 0.5), Predictions(confidence**2, confidence > 0.5))
+    many = replace(
+        report(),
+        methods=[Method(name, "a few words on what it is trained with") for name in names],
+        metrics=pl.concat(frame.with_columns(method=pl.lit(name)) for name in names),
+        reliability=dict.fromkeys(names, pair),
+    )
+    text = render(many)
+    assert len(text) < 2e6
+    assert 'class="multiples many"' in text

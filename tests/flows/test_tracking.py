@@ -149,7 +149,7 @@ class FakeContext:
     def __init__(self, tracker, root):
         self.tracker = tracker
         self.workspace = SimpleNamespace(root=root)
-        self.config = SimpleNamespace(resources=SimpleNamespace(train=None))
+        self.config = SimpleNamespace(resources=SimpleNamespace(train=None), train=SimpleNamespace(workers=1))
 
     def connect(self):
         """Nothing to join."""
@@ -177,7 +177,7 @@ def test_a_classifier_that_was_interrupted_has_every_epoch_once_in_the_end(track
     spec = make_spec(tmp_path, "interrupted")
     context = FakeContext(tracker, root)
 
-    def interrupted(specs, group, directory, name, on_event):
+    def interrupted(specs, group, directory, name, on_event, together):
         for event in epochs(spec.run, 1, 3):
             on_event(event)
         raise KeyboardInterrupt
@@ -187,7 +187,7 @@ def test_a_classifier_that_was_interrupted_has_every_epoch_once_in_the_end(track
         training.fit_runs(context, [spec], "train", "classifier")
     assert [run.info.status for run in runs(client, spec.run)] == ["KILLED"]
 
-    def went_on(specs, group, directory, name, on_event):
+    def went_on(specs, group, directory, name, on_event, together):
         write_run(spec)
         for event in [*epochs(spec.run, 3, 4), RunEvent(spec.run, "done", 0, {}, "")]:  # from its last state, after epoch 2
             on_event(event)
@@ -226,7 +226,7 @@ def test_an_interrupt_while_a_classifier_is_logged_is_made_good(tracker, client,
     spec = make_spec(tmp_path, "cut")
     context = FakeContext(tracker, root)
 
-    def trains(specs, group, directory, name, on_event):
+    def trains(specs, group, directory, name, on_event, together):
         write_run(spec)
         for event in [*epochs(spec.run, 1, 4), RunEvent(spec.run, "done", 0, {}, "")]:
             on_event(event)
@@ -250,7 +250,7 @@ def test_an_interrupt_while_a_classifier_is_logged_is_made_good(tracker, client,
 def test_a_classifier_that_failed_is_marked_and_keeps_its_epochs(tracker, client, root, tmp_path, monkeypatch):
     spec = make_spec(tmp_path, "failed")
 
-    def fails(specs, group, directory, name, on_event):
+    def fails(specs, group, directory, name, on_event, together):
         for event in [*epochs(spec.run, 1, 2), RunEvent(spec.run, "failed", 0, {}, "FloatingPointError: loss is nan")]:
             on_event(event)
         raise RuntimeError("1 of 1 trainings failed")

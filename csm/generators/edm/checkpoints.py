@@ -12,10 +12,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from csm.errors import InputError
-from csm.generators.edm.pickles import Record, read_pickle
+from csm.generators.edm.pickles import read_pickle
 from csm.generators.edm.preconditioning import PRECONDITIONINGS, Preconditioning
 from csm.generators.edm.unets import DhariwalUNetSettings, SongUNetSettings
 from csm.parameters import check_parameters, expected
+from csm.pickles import Record
 
 UNETS: dict[str, type[SongUNetSettings] | type[DhariwalUNetSettings]] = {
     "SongUNet": SongUNetSettings,

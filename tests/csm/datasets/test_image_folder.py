@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from csm.datasets import RealDataset, load_dataset, source_digest
-from csm.datasets.image_folder import image_folder, source_files
+from csm.datasets.decoding import resize
+from csm.datasets.image_folder import image_folder
+from csm.datasets.source_files import stamps
 from csm.errors import InputError
 
 
@@ -95,6 +97,26 @@ def test_images_are_resized_to_one_size(tmp_path: Path, size: int) -> None:
     dataset = image_folder(str(tmp_path), size=size, val=0.3, test=0.3)
     assert dataset.info.shape == (size, size, 3)
     assert (pixels(dataset)[0] == [10, 200, 90]).all()
+
+
+def test_images_as_they_are(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for number in range(4):
+            picture(number, size=(6, 4)).save(tmp_path / label / f"{number}.png")
+    dataset = image_folder(str(tmp_path), size=0, val=0.25, test=0.25)
+    assert dataset.info.shape == (4, 6, 3)
+    assert np.array_equal(pixels(dataset)[5], np.asarray(picture(1, size=(6, 4))))
+    picture(9, size=(5, 5)).save(tmp_path / "b" / "2.png")
+    with pytest.raises(InputError, match=r"b/2.png has 5 x 5 pixels, .*a/0.png has 6 x 4: set data.size"):
+        image_folder(str(tmp_path), size=0)
+
+
+def test_array_and_files_are_resized_alike(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 4, "b": 4})
+    whole = np.stack([np.asarray(picture(seed)) for seed in (0, 1, 2, 3, 1000, 1001, 1002, 1003)])
+    dataset = image_folder(str(tmp_path), size=3, val=0.25, test=0.25)
+    assert np.array_equal(pixels(dataset), resize(whole, 3))
 
 
 def test_without_split_folders_all_three_are_cut(tmp_path: Path) -> None:
@@ -189,14 +211,14 @@ def test_an_empty_split_folder_is_named(tmp_path: Path, empty: str) -> None:
 
 def test_source_files_change_with_the_folder(tmp_path: Path) -> None:
     fill(tmp_path, {"a": 1, "b": 1})
-    before = source_files(str(tmp_path))
+    before = stamps(str(tmp_path))
     assert [name for name, _, _ in before] == ["a/000.png", "b/000.png"]
-    assert source_files(str(tmp_path)) == before
+    assert stamps(str(tmp_path)) == before
     os.utime(tmp_path / "a" / "000.png", ns=(0, 0))
-    touched = source_files(str(tmp_path))
+    touched = stamps(str(tmp_path))
     assert touched != before
     picture(3).save(tmp_path / "b" / "more.png")
-    assert len(source_files(str(tmp_path))) == 3
+    assert len(stamps(str(tmp_path))) == 3
     assert source_digest("image-folder", path=str(tmp_path)).startswith("3 files, ")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from csm import tables
-from csm.datasets.real import RealDataset, build, stratified_splits, with_truth
+from csm.datasets.real import CHUNK, RealDataset, build, complete_splits, stratified_splits, with_truth
 from csm.errors import InputError
 from csm.generators.gaussians import GaussianGenerator, GaussiansSpec
 from csm.generators.unet import UNetGenerator, UNetSpec
@@ -140,6 +140,41 @@ def test_one_class_cannot_be_mixed() -> None:
     images, labels, splits = arrays()
     with pytest.raises(InputError, match=r"'tiny' has 1 class \(x\): at least 2"):
         build("tiny", images, labels * 0, splits, ("x",))
+
+
+@pytest.mark.parametrize("label", [-1, 3, 70_000])
+def test_a_label_that_is_no_class_is_named(label: int) -> None:
+    images, labels, splits = arrays()
+    labels[7] = label
+    with pytest.raises(InputError, match=rf"'tiny': image 7 has label {label}; expected 0 to 2, as there are 3 classes"):
+        build("tiny", images, labels, splits, ("x", "y", "z"))
+
+
+def test_more_images_than_are_copied_at_once() -> None:
+    images, _, _ = arrays(rows=2 * CHUNK + 5)
+    labels = np.arange(len(images)) % 3
+    splits = stratified_splits(labels, 0.2, 0.2, seed=0)
+    dataset = build("many", images.transpose(0, 2, 1, 3), labels, splits, ("x", "y", "z"))  # not contiguous
+    assert dataset.frame["image"].to_list() == [image.transpose(1, 0, 2).tobytes() for image in images]
+    train = images[splits == "train"] / 255
+    assert dataset.info.mean == pytest.approx(train.mean(axis=(0, 1, 2)), abs=1e-14)
+    assert dataset.info.std == pytest.approx(train.std(axis=(0, 1, 2)), abs=1e-14)
+    contiguous = build("many", np.ascontiguousarray(images.transpose(0, 2, 1, 3)), labels, splits, ("x", "y", "z"))
+    assert contiguous.info == dataset.info
+    pixels, _ = dataset.split("test")
+    assert np.array_equal(pixels.permute(0, 3, 2, 1).numpy(), images[splits == "test"])
+
+
+@pytest.mark.parametrize("given", [(), ("val",), ("test",), ("val", "test")])
+def test_only_missing_splits_are_cut_from_train(given: tuple[str, ...]) -> None:
+    labels = np.repeat([0, 1], 50)
+    before = np.where(np.arange(100) % 5 == 0, "test", "train")
+    after = complete_splits(labels, before, given, 0.1, 0.2, seed=3)
+    assert (after[before == "test"] == "test").all()
+    counts = {split: int((after[before == "train"] == split).sum()) for split in tables.SPLITS}
+    assert counts["val"] == (0 if "val" in given else 8)
+    assert counts["test"] == (0 if "test" in given else 16)
+    assert np.array_equal(after, complete_splits(labels, before, given, 0.1, 0.2, seed=3))
 
 
 @pytest.mark.parametrize("split", tables.SPLITS)

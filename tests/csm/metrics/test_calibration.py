@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from csm.metrics import METRICS
-from csm.metrics.calibration import aece, ece, top_label
+from csm.metrics.calibration import aece, classwise_ece, ece, ks, l2_ce_debiased, mce, oe, top_label, ue
 
 Metric = Callable[..., Tensor]
 
@@ -78,6 +78,99 @@ def test_aece_agrees_with_array_split(seed: int) -> None:
     assert aece(probs, labels, 15).item() == pytest.approx(expected, abs=1e-12)
 
 
+def equal_width_groups(pairs: list[tuple[float, bool]], n_bins: int) -> list[tuple[int, float, float]]:
+    """(images, mean confidence, accuracy) of each bin that is not empty."""
+    groups = [[(c, h) for c, h in pairs if b / n_bins < c <= (b + 1) / n_bins or (b == 0 and c == 0)] for b in range(n_bins)]
+    return [(len(g), sum(c for c, _ in g) / len(g), sum(h for _, h in g) / len(g)) for g in groups if g]
+
+
+@settings(max_examples=40, deadline=None)
+@given(predictions(), st.integers(1, 20))
+def test_binned_errors_are_the_loops(case: tuple[Tensor, Tensor], n_bins: int) -> None:
+    probs, labels = case
+    n, k = probs.shape
+    groups = equal_width_groups(top_labels_by_loop(*case), n_bins)
+    close = {"abs": 1e-12}
+    assert mce(*case, n_bins).item() == pytest.approx(max(abs(acc - conf) for _, conf, acc in groups), **close)
+    assert oe(*case, n_bins).item() == pytest.approx(sum(m / n * c * max(c - a, 0) for m, c, a in groups), **close)
+    assert ue(*case, n_bins).item() == pytest.approx(sum(m / n * c * max(a - c, 0) for m, c, a in groups), **close)
+    classes = [equal_width_groups(list(zip(probs[:, c].tolist(), (labels == c).tolist(), strict=True)), n_bins) for c in range(k)]
+    expected = sum(m / n * abs(acc - conf) for groups in classes for m, conf, acc in groups) / k
+    assert classwise_ece(*case, n_bins).item() == pytest.approx(expected, **close)
+
+
+@settings(max_examples=40, deadline=None)
+@given(predictions())
+def test_ks_is_the_loop_over_thresholds(case: tuple[Tensor, Tensor]) -> None:
+    top = top_labels_by_loop(*case)
+    expected = max(abs(sum(c - h for c, h in top if c <= s)) for s, _ in top) / len(top)
+    assert ks(*case).item() == pytest.approx(expected, abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(predictions(), st.integers(1, 20))
+def test_debiased_error_is_the_loop(case: tuple[Tensor, Tensor], n_bins: int) -> None:
+    top = sorted(top_labels_by_loop(*case), key=lambda pair: pair[0])
+    total = 0.0
+    for b in range(n_bins):
+        group = [pair for i, pair in enumerate(top) if i * n_bins // len(top) == b]
+        if group:
+            m, conf, acc = len(group), *(sum(values) / len(group) for values in zip(*group, strict=True))
+            total += m / len(top) * ((conf - acc) ** 2 - (acc * (1 - acc) / (m - 1) if m > 1 else 0))
+    # Compared as squares: the root of a sum that is 0 but for rounding is not.
+    assert l2_ce_debiased(*case, n_bins).item() ** 2 == pytest.approx(max(total, 0), abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(predictions(), st.integers(1, 20))
+def test_bounds_between_the_errors(case: tuple[Tensor, Tensor], n_bins: int) -> None:
+    confidence, correct = top_label(*case)
+    mean = (confidence - correct.double()).mean().abs().item()
+    value = ece(*case, n_bins).item()
+    assert mean - 1e-12 <= value <= mce(*case, n_bins).item() + 1e-12 <= 1 + 2e-12
+    assert mean - 1e-12 <= ks(*case).item() <= 1
+    assert oe(*case, n_bins).item() + ue(*case, n_bins).item() <= value + 1e-12
+    # Each image's gaps over the classes sum to 2 at most.
+    assert 0 <= classwise_ece(*case, n_bins).item() <= 2 / case[0].shape[1] + 1e-12
+    assert 0 <= l2_ce_debiased(*case, n_bins).item() <= 1
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_mce_agrees_with_torchmetrics(seed: int) -> None:
+    probs, labels = random_predictions(500, 5, seed)
+    theirs = multiclass_calibration_error(probs, labels, num_classes=5, n_bins=15, norm="max")
+    assert mce(probs, labels).item() == pytest.approx(theirs.item(), abs=1e-6)
+
+
+def test_debiasing_removes_what_chance_adds() -> None:
+    """Calibrated predictions: the plain squared error of 15 bins of 20 images is about 0.01, all of it chance."""
+    squares, plain = [], []
+    for seed in range(40):
+        probs, labels = random_predictions(300, 3, seed)
+        confidence, correct = (values.double().numpy() for values in top_label(probs, labels))
+        parts = np.array_split(confidence.argsort(kind="stable"), 15)
+        plain.append(np.mean([(confidence[p].mean() - correct[p].mean()) ** 2 for p in parts]))
+        squares.append(l2_ce_debiased(probs, labels).item() ** 2)
+    assert np.mean(plain) > 0.005
+    assert np.mean(squares) < np.mean(plain) / 3  # not 0: those below 0 are raised to it
+
+
+def test_known_values() -> None:
+    case = pair_predictions((0.625, 8, 0), (0.875, 4, 4))
+    assert mce(*case, 4).item() == pytest.approx(0.375)
+    assert ks(*case).item() == pytest.approx(0.1875)  # 8 timid images of 16, then the bold ones take it back to 0
+    assert ue(*case, 4).item() == pytest.approx(0.5 * 0.625 * 0.375)
+    assert oe(*case, 4).item() == pytest.approx(0.5 * 0.875 * 0.375)
+    assert classwise_ece(*case, 8).item() == pytest.approx(0.375)  # two classes that mirror each other
+    assert l2_ce_debiased(*case, 2).item() == pytest.approx(((0.375**2 + 0.375**2 - 0.25 / 7) / 2) ** 0.5)
+    assert l2_ce_debiased(*pair_predictions((0.75, 6, 2)), 1).item() == 0  # less than chance
+
+
+def test_a_class_without_images_counts_in_classwise_ece() -> None:
+    probs = torch.tensor([[0.75, 0.0, 0.25], [0.75, 0.0, 0.25]], dtype=torch.float64)
+    assert classwise_ece(probs, torch.tensor([0, 0])).item() == pytest.approx((0.25 + 0 + 0.25) / 3)
+
+
 def pair_predictions(*groups: tuple[float, int, int]) -> tuple[Tensor, Tensor]:
     """K = 2 predictions of class 0 from (confidence, correct, wrong) per group."""
     confidence = torch.cat([torch.full((right + wrong,), c) for c, right, wrong in groups]).double()
@@ -85,7 +178,7 @@ def pair_predictions(*groups: tuple[float, int, int]) -> tuple[Tensor, Tensor]:
     return torch.stack([confidence, 1 - confidence], dim=1), labels
 
 
-@pytest.mark.parametrize("metric", [ece, aece])
+@pytest.mark.parametrize("metric", [ece, aece, mce, oe, ue, l2_ce_debiased])
 def test_perfectly_calibrated_is_zero(metric: Metric) -> None:
     assert metric(*pair_predictions((0.625, 5, 3), (0.75, 6, 2), (1.0, 8, 0)), 3).item() == 0
 
@@ -99,7 +192,7 @@ def test_a_known_gap_is_a_fraction_not_percent(metric: Metric) -> None:
     assert value.item() == pytest.approx(0.375 if metric is aece else 0.0)
 
 
-@pytest.mark.parametrize("metric", [ece, aece])
+@pytest.mark.parametrize("metric", [ece, aece, classwise_ece, mce, ks, oe, l2_ce_debiased])
 def test_certain_and_wrong_is_one(metric: Metric) -> None:
     probs = torch.tensor([[1.0, 0.0]] * 4)
     assert metric(probs, torch.ones(4, dtype=torch.long)).item() == 1

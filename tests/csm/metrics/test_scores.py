@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 from torch import Tensor
 
-from csm.metrics import METRICS, evaluate
+from csm.metrics import METRICS, calibration, evaluate, scores
 from csm.metrics.scores import accuracy, brier, nll, nll_from_log_probs
 from csm.posthoc import apply_temperature
 
@@ -126,7 +126,7 @@ def test_evaluate_is_each_metric_on_the_tempered_softmax(logits_and_labels: tupl
     logits, labels = logits_and_labels
     probs = apply_temperature(logits, temperature).exp()
     values = evaluate(logits, labels, temperature, n_bins=7)
-    assert list(values) == ["accuracy", "ece", "aece", "nll", "brier"]
+    assert list(values) == list(METRICS)
     for name, metric in METRICS.items():
         expected = metric.function(probs, labels, 7) if metric.binned else metric.function(probs, labels)
         assert type(values[name]) is float
@@ -135,7 +135,62 @@ def test_evaluate_is_each_metric_on_the_tempered_softmax(logits_and_labels: tupl
 
 def test_evaluate_bins_as_told(logits_and_labels: tuple[Tensor, Tensor]) -> None:
     coarse, fine = (evaluate(*logits_and_labels, n_bins=n) for n in (1, 15))
-    assert {name for name in METRICS if coarse[name] != fine[name]} == {"ece", "aece"}
+    assert {name for name in METRICS if coarse[name] != fine[name]} == {name for name in METRICS if METRICS[name].binned}
+
+
+def test_the_metrics_of_the_tables_keep_names_and_order() -> None:
+    assert [name for name in METRICS if name in ("brier", "nll", "aece", "ece", "accuracy")] == [
+        "accuracy",
+        "ece",
+        "aece",
+        "nll",
+        "brier",
+    ]
+    assert set(METRICS) == {
+        *("accuracy", "ece", "aece", "classwise_ece", "mce", "ks", "oe", "ue", "nll", "brier"),
+        *("brier_reliability", "brier_resolution", "brier_uncertainty", "l2_ce_debiased", "smooth_ece", "aurc"),
+    }
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_blocks_do_not_change_a_metric(
+    name: str, logits_and_labels: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(*logits_and_labels, metrics=[name])[name]
+    for module in (scores, calibration):
+        monkeypatch.setattr(module, "BLOCK", 35)  # 7 rows of 5 classes, 1 class of 200 images
+    assert evaluate(*logits_and_labels, metrics=[name])[name] == pytest.approx(whole, abs=1e-14)
+
+
+@pytest.mark.parametrize("name", [name for name in METRICS if name != "aece" and name != "l2_ce_debiased"])
+def test_the_order_of_the_images_does_not_matter(name: str) -> None:
+    """Many equal confidences; equal-mass bins (aece, l2_ce_debiased) split those by the order of the images."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (60, 3), generator=generator).double()
+    labels = torch.randint(0, 3, (60,), generator=generator)
+    order = torch.randperm(60, generator=generator)
+    value = evaluate(logits, labels, metrics=[name])[name]
+    assert evaluate(logits[order], labels[order], metrics=[name])[name] == pytest.approx(value, abs=1e-13)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_is_0_dim_float64_and_bounded_at_the_extremes(name: str) -> None:
+    """One image, and confidences of exactly 0 and 1: right, wrong, and as many of both."""
+    metric = METRICS[name].function
+    certain = torch.tensor([[1.0, 0.0]])
+    for probs, labels in (
+        (certain, torch.tensor([0])),
+        (certain, torch.tensor([1])),
+        (certain.repeat(4, 1), torch.tensor([0, 1, 0, 1])),
+        (torch.tensor([[0.5, 0.5]], dtype=torch.float16), torch.tensor([1], dtype=torch.uint8)),
+    ):
+        value = metric(probs, labels)
+        assert value.shape == ()
+        assert value.dtype == torch.float64
+        if name != "nll":  # inf is its value for a certain mistake
+            assert -2 <= value.item() <= 2
+    perfect = 1.0 if name == "accuracy" else 0.0
+    assert metric(certain, torch.tensor([0])).item() == pytest.approx(perfect, abs=1e-12)
 
 
 def test_evaluate_picks_metrics_in_order(logits_and_labels: tuple[Tensor, Tensor]) -> None:
@@ -146,7 +201,7 @@ def test_evaluate_picks_metrics_in_order(logits_and_labels: tuple[Tensor, Tensor
 
 def test_evaluate_stays_exact_where_softmax_underflows() -> None:
     logits, labels = torch.tensor([[0.0, 1e4], [3e38, -3e38]]), torch.tensor([0, 0])
-    values = evaluate(logits, labels)
+    values = evaluate(logits, labels, metrics=("accuracy", "ece", "aece", "nll", "brier"))
     assert values == {"accuracy": 0.5, "ece": 0.5, "aece": 0.5, "nll": 5000.0, "brier": 1.0}
     assert evaluate(logits, labels, temperature=0.01)["nll"] == pytest.approx(5e5, rel=1e-12)
     assert evaluate(logits, 1 - labels)["nll"] == pytest.approx(3e38, rel=1e-6)
@@ -186,7 +241,7 @@ def test_evaluate_refuses_logits_that_are_not_finite(value: float) -> None:
         ({"temperature": math.nan}, "temperature must be finite and > 0, got nan"),
         ({"temperature": math.inf}, "temperature must be finite and > 0, got inf"),
         ({"n_bins": 0}, "n_bins must be an int > 0, got 0"),
-        ({"metrics": ["ece", "mce"]}, "metrics must be names among accuracy, .*, got mce"),
+        ({"metrics": ["ece", "mse"]}, "metrics must be names among accuracy, .*, got mse"),
     ],
 )
 def test_evaluate_refuses(changes: dict[str, object], message: str) -> None:

@@ -54,7 +54,7 @@ def test_the_likelihood_never_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     logs = likelihoods(5, size=6)
     reached = []
     for steps in range(40):
-        monkeypatch.setattr("csm.reannotation.ensemble.MAX_STEPS", steps)
+        monkeypatch.setattr("csm.posthoc.ensemble.MAX_STEPS", steps)
         reached.append((logs.exp() @ pool_weights(logs)).log().mean().item())
     assert (np.diff(reached) >= -1e-15).all()
     assert reached[-1] > reached[0] + 1e-3

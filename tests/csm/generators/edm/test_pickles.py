@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from csm import pickles
 from csm.errors import InputError
-from csm.generators.edm import pickles
-from csm.generators.edm.pickles import Record, read_pickle
+from csm.generators.edm.pickles import read_pickle
+from csm.pickles import Record
 
 COMMAND = "touch side-effect"
 

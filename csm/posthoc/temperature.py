@@ -1,12 +1,9 @@
-"""Post-hoc calibration: what is fitted on held-out logits after training.
-
-Temperature and vector scaling: Guo et al., "On calibration of modern neural networks", ICML 2017, sec. 4.2. Isotonic regression:
-Zadrozny & Elkan, "Transforming classifier scores into accurate multiclass probability estimates", KDD 2002.
-"""
+"""Temperature scaling: Guo et al., "On calibration of modern neural networks", ICML 2017, sec. 4.2."""
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,69 +92,34 @@ def fit_temperature(logits: Tensor, labels: Tensor, quiet: bool = False) -> floa
     return math.exp(min(max(u.item(), low), high))
 
 
-def fit_vector(log_probs: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Weights and biases of vector scaling ``softmax(w * log_probs + b)`` (Guo et al., sec. 4.2), each float64 (K).
+def fit_scaled_temperature(logits: Tensor, labels: Tensor) -> tuple[float, str]:
+    """:func:`fit_temperature` on logits of any scale, and 1 where nothing tells T; with a note on what the data could not tell.
 
-    The NLL, summed over the samples, plus ``sum_k ((w_k T - 1)^2 + b_k^2) / 2``: a Gaussian prior about temperature scaling, which
-    many samples outweigh. Without it the minimum does not exist where weights and biases can separate a class. L-BFGS, convex.
-
-    Args:
-        log_probs: (N, K) of held-out samples, rows normalised (a shift of a row is not without effect), finite; N >= 1, K >= 2.
-        labels: (N,), integer, in 0..K-1.
-        temperature: T, about which w is 1 / T.
+    The range [0.01, 100] is that of T over the mean standard deviation of a row, if that is above 1: a likelihood of many pixels can
+    need a T of hundreds.
 
     Raises:
         ValueError: an argument is out of range or shapes do not match.
     """
-    check_logits(log_probs, labels)
-    check_temperature(temperature)
-    z = log_probs.detach().double() / temperature
-    rows, label = torch.arange(len(z), device=z.device), labels.long()
-    parameters = torch.stack([torch.ones_like(z[0]), torch.zeros_like(z[0])])  # (2, K): w T, and b
-    prior = parameters.clone()
-    optimiser = torch.optim.LBFGS(
-        [parameters], max_iter=1000, tolerance_grad=1e-8, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> float:
-        log_scaled = (parameters[0] * z + parameters[1]).log_softmax(dim=1)
-        off = log_scaled.exp()
-        off[rows, label] -= 1
-        parameters.grad = torch.stack([(off * z).sum(dim=0), off.sum(dim=0)]) + parameters - prior
-        return (0.5 * (parameters - prior).square().sum() - log_scaled[rows, label].sum()).item()
-
-    optimiser.step(closure)
-    return parameters[0] / temperature, parameters[1]
+    check_logits(logits, labels)
+    own = logits.gather(1, labels.long()[:, None]).squeeze(1)
+    if bool((own >= logits.amax(dim=1)).all()):
+        return 1.0, "every held-out image is right, which does not tell T: kept at 1"
+    spread = max(1.0, logits.double().std(dim=1).mean().item())
+    temperature = fit_temperature(logits.double() / spread, labels)
+    note = f"T = {temperature * spread:g} is the end of its range" if temperature in (MIN_TEMPERATURE, MAX_TEMPERATURE) else ""
+    return temperature * spread, note
 
 
-def fit_isotonic(scores: Tensor, outcomes: Tensor) -> tuple[tuple[float, float], ...]:
-    """The increasing function of least squares, by pool-adjacent-violators, as knots (score, mean outcome) (Zadrozny & Elkan, 2002).
-
-    Outcomes are kept away from 0 and 1 by 1 / (N + 2), the estimate of an event never seen in N trials (Laplace's rule).
-
-    Args:
-        scores: (N,), finite.
-        outcomes: (N,), 0 or 1.
-
-    Returns:
-        Scores strictly increasing, outcomes not decreasing; for :func:`apply_isotonic`.
-    """
-    from sklearn.isotonic import IsotonicRegression  # a second to import, which every reader of labels would pay
-
-    floor = 1 / (len(scores) + 2)
-    fitted = IsotonicRegression(out_of_bounds="clip").fit(scores.double().cpu().numpy(), outcomes.double().cpu().numpy())
-    means = fitted.y_thresholds_.clip(floor, 1 - floor)
-    return tuple(zip(fitted.X_thresholds_.tolist(), means.tolist(), strict=True))
+def temperature_values(logits: Tensor, labels: Tensor) -> tuple[dict[str, Any], str]:
+    """What ``temperature`` of ``POSTHOC`` fits: ``{"temperature": T}``, and a note."""
+    temperature, note = fit_scaled_temperature(logits, labels)
+    return {"temperature": temperature}, note
 
 
-def apply_isotonic(scores: Tensor, knots: Sequence[tuple[float, float]]) -> Tensor:
-    """Interpolate linearly between ``knots``, constant beyond the first and last; same shape as ``scores``, float64."""
-    x, y = torch.tensor(knots, dtype=torch.float64, device=scores.device).T.contiguous()
-    if len(x) == 1:
-        return torch.where(scores.isnan(), torch.nan, y)
-    right = torch.searchsorted(x, scores.double().contiguous()).clamp(1, len(x) - 1)
-    share = ((scores - x[right - 1]) / (x[right] - x[right - 1])).clamp(0, 1)
-    return torch.lerp(y[right - 1], y[right], share)
+def scale_by_temperature(logits: Tensor, values: Mapping[str, Any]) -> Tensor:
+    """What ``temperature`` of ``POSTHOC`` applies."""
+    return apply_temperature(logits, values["temperature"])
 
 
 def _nll(z: Tensor, z_label: Tensor, u: float) -> tuple[float, float]:
