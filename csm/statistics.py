@@ -17,7 +17,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from csm.metrics.binning import bin_indices
+from csm.metrics.binning import bin_indices, check_n_bins
 from csm.metrics.calibration import top_label
 from csm.metrics.scores import nll_from_log_probs
 
@@ -76,6 +76,7 @@ def bootstrap(
     unknown = [name for name in metrics if name not in BOOTSTRAPPED]
     if unknown or not metrics:
         raise ValueError(f"metrics must be names among {', '.join(BOOTSTRAPPED)}, got {', '.join(unknown) or 'none'}")
+    check_n_bins(n_bins)
     if draws < 1:
         raise ValueError(f"draws must be an int > 0, got {draws}")
     methods = _reduce(runs, metrics, n_bins)
