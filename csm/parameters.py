@@ -1,6 +1,7 @@
 """Settings of a registered function, checked against its signature before anything runs."""
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_type_hints
@@ -80,6 +81,8 @@ def check_parameters(
             checked[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:
             raise InputError(f"{where}.{key}: {expected(error.errors()[0])}, got {value!r}") from None
+        if isinstance(checked[key], float) and not math.isfinite(checked[key]):
+            raise InputError(f"{where}.{key}: expected a finite number, got {value!r}")
     for name in settable:
         if signature[name].default is inspect.Parameter.empty and name not in parameters:
             raise InputError(f"{where}.{name}: missing; set it, for example --set {where}.{name}=VALUE")

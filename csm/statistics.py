@@ -1,13 +1,14 @@
 """How sure a comparison of methods is: a paired bootstrap over seeds and test images, its intervals and p-values, and Holm's correction.
 
 Each method was trained with S seeds, and every run has predicted the same N images, so seeds and images are crossed. A draw resamples
-both, independently and with replacement: N images and S seeds (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007;
+both, independently and with replacement (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007;
 Davison & Hinkley, "Bootstrap methods and their application", 1997, sec. 3.8). All seeds of a draw see the same images, and all methods
 the same images and seed numbers, so that what is easy or hard for all of them cancels in a difference (Efron & Tibshirani, "An
 introduction to the bootstrap", 1993, ch. 8 and 16).
 
-With few seeds the spread between them is told badly: of S seeds the bootstrap sees (S - 1) / S of their variance, and of one seed
-none, so an interval over one seed is about the images alone.
+A draw takes N images, but S - 1 of the S seeds: with S of them the variance of a mean over seeds would come out (S - 1) / S too small,
+which matters where S is 2 or 5 (Rao & Wu, JASA 1988). Still, few seeds tell their spread badly, and one seed tells none: an interval
+over one seed is about the images alone, and is no ground to prefer a method.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -233,11 +234,12 @@ def _weights(images: int, seeds: int, draws: int, seed: int) -> Iterator[tuple[T
     chunk = max(1, CHUNK // images)
     for start in range(0, draws, chunk):
         rows = min(chunk, draws - start)
-        yield _counts(rows, images, image_generator), _counts(rows, seeds, seed_generator)
+        yield _counts(rows, images, images, image_generator), _counts(rows, seeds, max(1, seeds - 1), seed_generator)
 
 
-def _counts(rows: int, size: int, generator: torch.Generator) -> Tensor:
-    drawn = torch.randint(size, (rows, size), generator=generator)
+def _counts(rows: int, size: int, taken: int, generator: torch.Generator) -> Tensor:
+    """How often each of ``size`` is among ``taken`` that are drawn, (rows, size)."""
+    drawn = torch.randint(size, (rows, taken), generator=generator)
     return torch.zeros(rows, size, dtype=torch.float64).scatter_add_(
         1, drawn, torch.ones(1, 1, dtype=torch.float64).expand(rows, size)
     )
@@ -254,5 +256,5 @@ def _resample(reduced: _Reduced, metrics: Sequence[str], n_bins: int, image_weig
             of_seed = (image_weights @ by_bin.flatten(0, 1).T).unflatten(1, (seeds, n_bins)).abs().sum(dim=2)
         else:
             of_seed = image_weights @ reduced.scores[metric].T  # (chunk, S)
-        columns.append((of_seed * seed_weights).sum(dim=1) / (images * seeds))
+        columns.append((of_seed * seed_weights).sum(dim=1) / (images * seed_weights.sum(dim=1)))
     return torch.stack(columns, dim=1)

@@ -115,6 +115,11 @@ class Config:
         named = (self.annotator_of(method) for method in self.train.chosen.values() if method.mixed)
         return tuple(dict.fromkeys((*named, self.annotate.annotator)))
 
+    @property
+    def mixes(self) -> bool:
+        """Whether a chosen method trains on mixed images."""
+        return any(method.mixed for method in self.train.chosen.values())
+
     def annotator_of(self, method: Method) -> str:
         """Name of the annotator of a method with a mixed term."""
         assert method.mixed is not None
@@ -266,14 +271,10 @@ def _check_names(config: Config) -> Config:
         check_name("train.compare", name, config.train.methods)
     if config.train.loss is not None:
         check_name("train.loss", config.train.loss, {**config.train.methods, **HARD})
-    optimizer = config.train.optimizer
-    if optimizer.schedule == "multi-step" and not optimizer.milestones:
-        raise InputError("train.optimizer.milestones: missing; schedule multi-step needs the epochs after which the rate falls")
-    if optimizer.batch_size % config.train.workers:
-        raise InputError(
-            f"train.workers: {config.train.workers} workers cannot share batches of {optimizer.batch_size} images evenly; "
-            "change it or train.optimizer.batch_size"
-        )
+    twice = [name for name in config.train.compare if config.train.compare.count(name) > 1]
+    if twice:
+        raise InputError(f"train.compare: {twice[0]!r} is named more than once")
+    _check_optimizer(config.train)
     for name, method in (config.train.methods | config.train.chosen).items():
         _check_method(config, name, method, annotate)
     train = replace(config.train, parameters=parameters)
@@ -285,6 +286,40 @@ def _check_names(config: Config) -> Config:
 def _check_shift(where: str, name: str, shift: ShiftConfig) -> ShiftConfig:
     check_folder_name(where, name)
     return check_shift(shift, where)
+
+
+def _check_optimizer(train: TrainConfig) -> None:
+    """Settings that do not fit together."""
+    optimizer, epochs = train.optimizer, train.optimizer.epochs
+    if optimizer.schedule == "multi-step":
+        if not optimizer.milestones:
+            raise InputError(
+                "train.optimizer.milestones: missing; schedule multi-step needs the epochs after which the rate falls"
+            )
+        if list(optimizer.milestones) != sorted({*optimizer.milestones}) or not 0 < optimizer.milestones[-1] < epochs:
+            raise InputError(
+                f"train.optimizer.milestones: expected rising epochs below the {epochs} of train.optimizer.epochs, "
+                f"got {list(optimizer.milestones)}"
+            )
+    if optimizer.warmup >= epochs:
+        raise InputError(
+            f"train.optimizer.warmup: expected fewer than the {epochs} epochs of the training, got {optimizer.warmup}"
+        )
+    if optimizer.batch_size % train.workers:
+        raise InputError(
+            f"train.workers: {train.workers} workers cannot share batches of {optimizer.batch_size} images evenly; "
+            "change it or train.optimizer.batch_size"
+        )
+    for name, term in ((name, method.mixed) for name, method in train.chosen.items() if method.mixed):
+        if term.warm_start >= epochs:
+            raise InputError(
+                f"train.methods.{name}.mixed.warm_start: expected fewer than the {epochs} epochs of the training, got {term.warm_start}"
+            )
+        if term.off_after is not None and 0 < term.off_after <= term.warm_start:
+            raise InputError(
+                f"train.methods.{name}.mixed.off_after: expected more than the {term.warm_start} epochs of warm_start, "
+                f"got {term.off_after}"
+            )
 
 
 def _check_method(config: Config, name: str, method: Method, annotate: AnnotateConfig) -> None:

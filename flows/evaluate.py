@@ -136,7 +136,9 @@ def _compare(context: Context, specs: list[RunSpec], fitted: Mapping[tuple[str, 
     settings, baseline = context.config.evaluate, baseline_of(compared(context.config))
     say(f"  comparing {len(context.config.train.chosen)} methods in {settings.draws:,} resamples of the test images and seeds")
     return pl.concat(
-        compare(_Calibrated(specs, fitted, name, n_classes), name, baseline, settings.bins, settings.draws)
+        compare(
+            _Calibrated(specs, fitted, name, n_classes), name, baseline, settings.bins, settings.draws, context.config.train.seeds
+        )
         for name in posthoc_names(context.config)
     )
 
@@ -188,7 +190,7 @@ def _settings(config: Config) -> dict[str, Any]:
 STAGE = Stage(
     name="evaluate",
     unit="values",
-    code_version=2,
+    code_version=3,
     inputs=("prepare", "train"),
     settings=_settings,
     outputs=lambda workspace, config: [workspace.metrics, workspace.comparison],

@@ -5,6 +5,7 @@ from typing import Any
 from csm import storage
 from csm.classifiers import check_network
 from csm.datasets import RealDataset
+from csm.errors import InputError
 from flows.config import TrainConfig
 from flows.folders import folder_files
 from flows.stages import Context
@@ -17,7 +18,16 @@ def network_settings(train: TrainConfig) -> dict[str, Any]:
 
 
 def check_train(context: Context) -> None:
-    """``InputError`` if the network cannot be built for these images; of the data set only what is prepared already is asked."""
+    """``InputError`` if the network cannot be built for these images, or augmentation leaves nothing of them.
+
+    Of the data set only what is prepared already is asked.
+    """
     train, workspace = context.config.train, context.workspace
     shape = RealDataset.load_info(workspace.root).shape if workspace.dataset.is_file() else None
     check_network(train.network, train.parameters, shape)
+    for key in ("shift", "cutout"):
+        pixels = getattr(train.optimizer, key)
+        if shape is not None and pixels >= min(shape[:2]):
+            raise InputError(
+                f"train.optimizer.{key}: {pixels} pixels leave nothing of images of {shape[0]}x{shape[1]}: take less than {min(shape[:2])}"
+            )

@@ -15,6 +15,7 @@ from csm.datasets import DatasetInfo, RealDataset
 from csm.reannotation import soft_labels
 from flows import reporting
 from flows.artifacts import StageRecord, Workspace
+from flows.config import Config
 from flows.evaluate import compared, device, split_logits, training_cost
 from flows.evaluate_shift import shift_metrics
 from flows.fit_annotators import annotators, calibration_of
@@ -49,9 +50,9 @@ def _run(context: Context, record: StageRecord) -> Made:
             cost=training_cost(workspace, config),
             device=device(config),
             reliability=_reliability(context, metrics, info.n_classes),
-            gallery=_gallery(context, info),
+            gallery=_gallery(context, info) if config.mixes else [],
             data_samples=_data_samples(data),
-            generator_samples=_generator_samples(workspace, info),
+            generator_samples=_generator_samples(workspace, info) if config.mixes else [],
             n_bins=config.evaluate.bins,
         )
     )
@@ -149,13 +150,18 @@ def _generator_samples(workspace: Workspace, info: DatasetInfo) -> list[tuple[st
     return [(name, list(pictures[k * per_class : (k + 1) * per_class])) for k, name in enumerate(info.class_names)]
 
 
+def _more_inputs(config: Config) -> tuple[str, ...]:
+    mixing = ("generator", "plan", "mix", "fit-annotators", "annotate") if config.mixes else ()
+    return (*mixing, "evaluate-shift") if config.evaluate.shifts else mixing
+
+
 STAGE = Stage(
     name="report",
     unit="methods",
     code_version=2,
-    inputs=("prepare", "generator", "plan", "mix", "fit-annotators", "annotate", "train", "evaluate"),
+    inputs=("prepare", "train", "evaluate"),
     settings=lambda config: {"name": config.name, "methods": [method.__dict__ for method in compared(config)]},
-    more_inputs=lambda config: ("evaluate-shift",) if config.evaluate.shifts else (),
+    more_inputs=_more_inputs,
     outputs=lambda workspace, config: [workspace.report],
     run=_run,
 )

@@ -58,6 +58,7 @@ RAY_STAGES = frozenset({"generator", "fit-teacher", "fit-annotators", "mix", "an
 VERBS = {
     name: (name,) for name in STAGES if name not in ("generator", "fit-teacher", "fit-annotators", "annotate", "evaluate-shift")
 }
+MIXING = ("generator", "fit-annotators", "plan", "mix", "annotate")  # what only methods with mixed images need
 VERBS |= {"fit-generator": ("generator",), "import-generator": ("prepare", "generator")}
 VERBS |= {"evaluate": ("shift", "evaluate-shift", "evaluate")}
 VERBS |= {"annotate": ("fit-annotators", "annotate"), "run": tuple(name for name in STAGES if name != "fit-teacher")}
@@ -107,12 +108,17 @@ def run_verb(
 
 
 def verb_stages(verb: str, config: Config) -> tuple[str, ...]:
-    """Stages that ``verb`` runs: ``VERBS``, and of those without a verb the teacher, where it is asked; shift sets where there are any."""
+    """Stages that ``verb`` runs: ``VERBS``, and of those without a verb the teacher, where it is asked; shift sets where there are any.
+
+    ``run`` leaves out what only mixed images need if no method trains on them.
+    """
     names = VERBS[verb]
     if not config.evaluate.shifts:
         if verb == "shift":
             raise InputError("evaluate.shifts: no set is configured; for example --set evaluate.shifts.corrupted.kind=corrupted")
         names = tuple(name for name in names if name not in ("shift", "evaluate-shift"))
+    if verb == "run" and not config.mixes:
+        names = tuple(name for name in names if name not in MIXING)
     asking = [name for name in ("fit-annotators", "plan") if name in names and "fit-teacher" in STAGES[name].reads(config)]
     if not asking:
         return names

@@ -180,7 +180,7 @@ def stale(context: Context, name: str) -> str | None:
     if not record.done:
         return "was interrupted"
     missing = [path for path in stage.outputs(context.workspace, context.config) if not _is_whole(path)]
-    return f"lacks {missing[0]}" if missing else None
+    return f"{'has a damaged' if missing[0].exists() else 'lacks'} {missing[0]}" if missing else None
 
 
 def refuse_replacing(context: Context, names: Sequence[str]) -> None:

@@ -54,8 +54,9 @@ class Tracker:
         self._index_path = workspace / "tracking.json"
         self._index: dict[str, dict[str, Any]] = storage.read_json(self._index_path) if self._index_path.is_file() else {}
         try:
-            self._client = MlflowClient(store_uri(workspace))
-            experiment = self._client.get_experiment_by_name(EXPERIMENT)
+            with _writing():
+                self._client = MlflowClient(store_uri(workspace))
+                experiment = self._client.get_experiment_by_name(EXPERIMENT)
         except (MlflowException, SQLAlchemyError) as error:
             reason = " ".join(str(error).split())[:120]
             store = workspace / "mlflow.db"

@@ -73,7 +73,8 @@ STAGE = Stage(
     name="train",
     unit="classifiers",
     code_version=2,
-    inputs=("prepare", "annotate"),
+    inputs=("prepare",),
+    more_inputs=lambda config: ("annotate",) if config.mixes else (),
     settings=_settings,
     outputs=lambda workspace, config: [
         workspace.run(f"{name}-seed{seed}") / "run.json" for seed in range(config.train.seeds) for name in config.train.chosen

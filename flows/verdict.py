@@ -20,6 +20,7 @@ from flows.summary import (
 )
 
 WHEN = {NONE: "before", TEMPERATURE: "after"}
+FEW = 5  # seeds below which p-values come with a warning
 NAMED = 6  # methods that a sentence names; more are only counted
 
 
@@ -46,9 +47,14 @@ def verdict(
     sentences += [_significant(summary, methods, posthoc, mark) for posthoc in WHEN]
     sentences += [_own(summary, methods, mark), _raised(summary)]
     if summary["count"].max() == 1:
-        told = "intervals and p-values tell of chance in the test images alone" if is_compared(summary) else ""
+        told = "intervals tell of chance in the test images alone, and no difference is tested" if is_compared(summary) else ""
         told = told or "small differences may be chance"
         sentences.append(f"Each method was trained with one seed only, so {told}.")
+    elif summary["p_holm"].count() and summary["count"].max() < FEW:  # type: ignore[operator]
+        few = summary["count"].max()
+        sentences.append(
+            f"With {few} seeds the spread between trainings is known only roughly: take p-values with a grain of salt."
+        )
     return [sentence for sentence in sentences if sentence]
 
 

@@ -55,7 +55,7 @@ def test_seeds_add_their_own_spread() -> None:
     runs = [(right, labels), (right, labels), (wrong, labels), (right, labels)]
     drawn = bootstrap({"a": runs}, metrics=("accuracy",), draws=8000)["a"]["accuracy"]
     assert drawn.mean().item() == pytest.approx(0.75)
-    assert drawn.std().item() == pytest.approx(math.sqrt(0.75 * 0.25 / 4), rel=0.05)
+    assert drawn.std().item() == pytest.approx(math.sqrt(0.25 / 4), rel=0.05)  # s^2 / S, s^2 = 1/4 unbiased
 
 
 def test_a_resampled_ece_is_that_of_the_resampled_images() -> None:

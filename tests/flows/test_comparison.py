@@ -1,4 +1,5 @@
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
@@ -25,7 +26,7 @@ def runs():
 
 @pytest.fixture(scope="module")
 def compared(runs):
-    return compare(runs, "none", "ce", n_bins=15, draws=400)
+    return compare(runs, "none", "ce", n_bins=15, draws=400, seeds=2)
 
 
 def row(frame, method, metric):
@@ -63,7 +64,7 @@ def test_the_baseline_is_not_compared_with_itself(compared):
 
 
 def test_without_a_baseline_there_are_intervals_alone(runs):
-    frame = compare({"same": runs["same"]}, "temperature", None, n_bins=15, draws=100)
+    frame = compare({"same": runs["same"]}, "temperature", None, n_bins=15, draws=100, seeds=2)
     tables.check(frame, tables.COMPARISON)
     assert frame["p_holm"].null_count() == len(frame) == 4
     assert frame["posthoc"].unique().to_list() == ["temperature"]
@@ -71,5 +72,11 @@ def test_without_a_baseline_there_are_intervals_alone(runs):
 
 
 def test_a_baseline_alone_has_nothing_to_differ_from(runs):
-    frame = compare({"ce": runs["ce"]}, "none", "ce", n_bins=15, draws=100)
+    frame = compare({"ce": runs["ce"]}, "none", "ce", n_bins=15, draws=100, seeds=2)
     assert frame["p_holm"].null_count() == len(frame) == 4
+
+
+def test_with_one_seed_nothing_is_tested(runs):
+    frame = compare({name: seeds[:1] for name, seeds in runs.items()}, "none", "ce", n_bins=15, draws=100, seeds=1)
+    assert frame["p"].null_count() == frame["p_holm"].null_count() == len(frame)
+    assert frame.filter(pl.col("method") != "ce")["difference_low"].null_count() == 0

@@ -410,3 +410,34 @@ def test_churn_with_a_solver_that_adds_no_noise_is_refused():
     assert load_config("demo", ["mix.sampler.churn=30", "mix.sampler.solver=heun"]).mix.sampler.churn == 30
     message = refused("demo", "mix.sampler.churn=30", "mix.sampler.solver=euler")
     assert message == "mix.sampler.churn: only solver heun adds noise, not euler; choose heun, or churn 0"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.optimizer.warmup=60"], "train.optimizer.warmup: expected fewer than the 60 epochs of the training, got 60"),
+        (
+            ["train.optimizer.schedule=multi-step", "train.optimizer.milestones=[30, 20]"],
+            "train.optimizer.milestones: expected rising",
+        ),
+        (
+            ["train.optimizer.schedule=multi-step", "train.optimizer.milestones=[60]"],
+            "train.optimizer.milestones: expected rising",
+        ),
+        (["train.methods.csm.mixed.warm_start=60"], "train.methods.csm.mixed.warm_start: expected fewer than the 60 epochs"),
+        (
+            ["train.methods.csm.mixed.warm_start=5", "train.methods.csm.mixed.off_after=3"],
+            "train.methods.csm.mixed.off_after: expected more than the 5 epochs of warm_start, got 3",
+        ),
+        (["train.compare=[focal, focal]"], "train.compare: 'focal' is named more than once"),
+        (["data.noise=.nan"], "data.noise: expected a finite number, got nan"),
+        (["data.noise=.inf"], "data.noise: expected a finite number, got inf"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(overrides, said):
+    assert refused("demo", *overrides).startswith(said)
+
+
+def test_only_methods_with_mixed_images_need_the_generator():
+    assert load_config("demo").mixes
+    assert not load_config("demo", ["train.compare=[cross-entropy, mixup]"]).mixes

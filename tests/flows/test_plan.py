@@ -182,3 +182,10 @@ def test_the_command_trains_the_teacher_first_and_mixes_with_the_operator(finish
     assert mixed.equals(pl.concat(direct))
     linear = mix(plan, generator, (8, 8, 1), sampler, 4)
     assert not linear.equals(mixed)
+
+
+def test_a_run_without_mixed_images_makes_none() -> None:
+    config = load_config("digits", ["train.compare=[cross-entropy, cutmix]", "plan.pairs=confusion"])
+    assert verb_stages("run", config) == ("prepare", "train", "evaluate", "report")
+    assert STAGES["train"].reads(config) == ("prepare",)
+    assert STAGES["report"].reads(config) == ("prepare", "train", "evaluate")

@@ -51,7 +51,9 @@ def test_nothing_measured_gives_no_words():
 def test_one_seed_is_said():
     assert verdict(metrics().filter(seed=0), METHODS)[-1].endswith("with one seed only, so small differences may be chance.")
     words = verdict(metrics().filter(seed=0), METHODS, comparison({"focal": 0.2, "csm": 0.01}))
-    assert words[-1].endswith("with one seed only, so intervals and p-values tell of chance in the test images alone.")
+    assert words[-1].endswith(
+        "with one seed only, so intervals tell of chance in the test images alone, and no difference is tested."
+    )
 
 
 def test_chance_of_the_winners_is_said():
