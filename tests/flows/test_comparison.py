@@ -26,7 +26,7 @@ def runs():
 
 @pytest.fixture(scope="module")
 def compared(runs):
-    return compare(runs, "none", "ce", n_bins=15, draws=400, seeds=2)
+    return compare(runs, "none", "ce", n_bins=15, draws=400, seeds=3)
 
 
 def row(frame, method, metric):
@@ -64,7 +64,7 @@ def test_the_baseline_is_not_compared_with_itself(compared):
 
 
 def test_without_a_baseline_there_are_intervals_alone(runs):
-    frame = compare({"same": runs["same"]}, "temperature", None, n_bins=15, draws=100, seeds=2)
+    frame = compare({"same": runs["same"]}, "temperature", None, n_bins=15, draws=100, seeds=3)
     tables.check(frame, tables.COMPARISON)
     assert frame["p_holm"].null_count() == len(frame) == 4
     assert frame["posthoc"].unique().to_list() == ["temperature"]
@@ -72,7 +72,7 @@ def test_without_a_baseline_there_are_intervals_alone(runs):
 
 
 def test_a_baseline_alone_has_nothing_to_differ_from(runs):
-    frame = compare({"ce": runs["ce"]}, "none", "ce", n_bins=15, draws=100, seeds=2)
+    frame = compare({"ce": runs["ce"]}, "none", "ce", n_bins=15, draws=100, seeds=3)
     assert frame["p_holm"].null_count() == len(frame) == 4
 
 

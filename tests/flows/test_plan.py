@@ -137,7 +137,7 @@ def test_only_policies_that_are_measured_read_the_teacher() -> None:
         assert verb_stages("plan", config) == (*needed, "plan")
         assert verb_stages("mix", config) == ("mix",)
         assert verb_stages("run", config) == tuple(name for name in STAGES if name not in ("shift", "evaluate-shift"))
-        ratio = load_config("digits", [f"plan.pairs={policy}", "annotate.annotator=ratio", "train.compare=[cross-entropy]"])
+        ratio = load_config("digits", [f"plan.pairs={policy}", "annotate.annotator=ratio", "train.compare=[csm]"])
         assert ("fit-teacher" in verb_stages("run", ratio)) == bool(needed)
         assert verb_stages("annotate", ratio) == ("fit-annotators", "annotate")
 
