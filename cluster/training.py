@@ -29,13 +29,17 @@ class RunEvent(NamedTuple):
     error: str
 
 
+BY_USER = f"{InputError.__name__}: "  # how the error of a run begins that the user can mend
+
+
 class TrainingError(RuntimeError):
-    """Some of many trainings failed; ``errors``: run -> its error."""
+    """Some of many trainings failed; ``errors``: run -> its error; ``is_input``: all of them by what the user gave."""
 
     def __init__(self, errors: dict[str, str], total: int) -> None:
         run, error = next(iter(errors.items()))
-        super().__init__(f"{len(errors)} of {total} trainings failed; {run}: {error}")
+        super().__init__(f"{len(errors)} of {total} trainings failed; {run}: {error.removeprefix(BY_USER)}")
         self.errors = errors
+        self.is_input = all(text.startswith(BY_USER) for text in errors.values())
 
 
 def fit_many(

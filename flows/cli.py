@@ -41,7 +41,9 @@ def _explain(error: Exception) -> int:
     from csm.errors import InputError
 
     line = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, InputError):
+    if isinstance(error, InputError) or getattr(
+        error, "is_input", False
+    ):  # of many trainings, see cluster.training.TrainingError
         click.echo(f"csm: {line}", err=True)
         return 2
     if isinstance(error, OSError) and error.errno is not None:
