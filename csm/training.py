@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from csm.augment import cutout, random_flip, random_shift
-from csm.classifiers import Classifier
+from csm.classifiers import Classifier, in_batches
 from csm.errors import InputError
 from csm.losses import HARD, SOFT, build_loss
 from csm.methods import Method, MixedTerm
@@ -143,12 +143,10 @@ def fit(
     return classifier.eval()
 
 
-@torch.no_grad()
 def predict(classifier: Classifier, images: torch.Tensor, batch_size: int = 512) -> torch.Tensor:
     """Logits float32 (N, K) of images uint8 (N, C, H, W), in evaluation mode, on the CPU."""
-    device = classifier.mean.device
     classifier.eval()
-    return torch.cat([classifier(to_device(batch, device)).float().cpu() for batch in images.split(batch_size)])
+    return in_batches(lambda batch: classifier(to_device(batch, classifier.mean.device)).float(), images, batch_size)
 
 
 class _Part(NamedTuple):
