@@ -53,7 +53,7 @@ def verdict(
     elif summary["p_holm"].count() and summary["count"].max() < FEW:  # type: ignore[operator]
         few = summary["count"].max()
         sentences.append(
-            f"With {few} seeds the spread between trainings is known only roughly: take p-values with a grain of salt."
+            f"With {few} seeds the spread between trainings is known only roughly, so p-values are rough."
         )
     return [sentence for sentence in sentences if sentence]
 
