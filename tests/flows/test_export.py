@@ -471,7 +471,7 @@ def test_no_workspace(refused, tmp_path):
         ),
         (
             lambda w: part_path(w / "annotations" / "teacher", 2).write_bytes(b"PAR1 cut"),
-            "export needs annotate, which lacks {w}/annotations/teacher/part-00000002.parquet: run `csm annotate`",
+            "export needs annotate, which has a damaged {w}/annotations/teacher/part-00000002.parquet: run `csm annotate`",
         ),
         (lambda w: (w / "stages" / "annotate.json").unlink(), "export needs annotate, which was not run in this workspace: run"),
         (lambda w: undone(w / "stages" / "mix.json"), "export needs mix, which was interrupted: run `csm mix`"),
