@@ -52,9 +52,7 @@ def verdict(
         sentences.append(f"Each method was trained with one seed only, so {told}.")
     elif summary["p_holm"].count() and summary["count"].max() < FEW:  # type: ignore[operator]
         few = summary["count"].max()
-        sentences.append(
-            f"With {few} seeds the spread between trainings is known only roughly, so p-values are rough."
-        )
+        sentences.append(f"With {few} seeds the spread between trainings is known only roughly: p-values near 0.05 mean little.")
     return [sentence for sentence in sentences if sentence]
 
 
