@@ -21,6 +21,7 @@ from csm.encoders import Encoder, FeatureTable, encode_table
 from csm.encoders.classifier import Penultimate
 from csm.planning import PlanConfig, make_plan
 from csm.reannotation import HEADS, Annotator, AnnotatorSpec, FitInputs, annotate
+from flows.bench.clock import device_kind, now
 from flows.progress import say
 
 SHAPE, CLASSES, RATIOS = (32, 32, 3), 10, 8
@@ -69,7 +70,7 @@ def annotation_speed(images: int = 16_000, encoder: str = "clip-tiny") -> dict[s
     quarter, half, whole = mine
     return {
         "encoder": encoder,
-        "device": torch.cuda.get_device_name() if _device() == "cuda" else f"CPU, threads: {torch.get_num_threads()}",
+        "device": torch.cuda.get_device_name() if device_kind() == "cuda" else f"CPU, threads: {torch.get_num_threads()}",
         "images": total,
         "real": real,
         "seconds_quarter": round(quarter["seconds"], 2),
@@ -122,13 +123,13 @@ class _Timed:
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
-        self.network = ENCODERS[name]().eval().requires_grad_(False).to(_device())
+        self.network = ENCODERS[name]().eval().requires_grad_(False).to(device_kind())
         self.seconds = 0.0
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        started = _now()
+        started = now()
         features: torch.Tensor = self.network(images)
-        self.seconds += _now() - started
+        self.seconds += now() - started
         return features
 
     def to(self, device: torch.device) -> Encoder:
@@ -141,9 +142,9 @@ def _ours(root: Path, name: str, share: int) -> dict[str, float]:
     shards = list(plan_shards(root / "plan.parquet"))
     _annotate(root, name, encoder, shards[:1])  # what is slow only once is not counted
     encoder.seconds = 0.0
-    started = _now()
+    started = now()
     _annotate(root, name, encoder, shards[: len(shards) // share])
-    seconds = _now() - started
+    seconds = now() - started
     # Not ru_maxrss: that of a process starts with its parent's.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {"seconds": seconds, "forward": encoder.seconds, "peak": round(int(status["VmHWM"].split()[0]) / 1024)}
@@ -152,15 +153,15 @@ def _ours(root: Path, name: str, share: int) -> dict[str, float]:
 def _annotate(root: Path, name: str, encoder: _Timed, shards: Sequence[int]) -> None:
     features = FeatureTable(root / f"features-{len(shards)}")
     for shard in shards:
-        frame = encode_table(encoder, tables.read(part_path(root / "real", shard), tables.REAL), SHAPE, _device())
+        frame = encode_table(encoder, tables.read(part_path(root / "real", shard), tables.REAL), SHAPE, device_kind())
         write_part(frame, features.directory, shard, frame.schema, "bench")
     head = root / f"head-{len(shards)}"
     HEADS["projection"].fit(head, FitInputs(features, CLASSES, tuple("0123456789")))
-    annotators = {"projection": Annotator(AnnotatorSpec("projection", "projection", head, name), _device())}
+    annotators = {"projection": Annotator(AnnotatorSpec("projection", "projection", head, name), device_kind())}
     for shard in shards:
         mixed = tables.read(part_path(root / "mixed", shard), tables.MIXED)
         plan = read_plan(root / "plan.parquet", shard)
-        frames = annotate(plan, mixed, annotators, {name: encoder}, SHAPE, CLASSES, _device())
+        frames = annotate(plan, mixed, annotators, {name: encoder}, SHAPE, CLASSES, device_kind())
         write_part(frames["projection"], root / "annotations", shard, tables.annotations(CLASSES), "bench")
 
 
@@ -168,13 +169,13 @@ def _annotate(root: Path, name: str, encoder: _Timed, shards: Sequence[int]) -> 
 def _original(root: Path, name: str) -> dict[str, float]:
     """Annotate everything image by image and set by set; the shares go to ``original.npy`` in the plan's order."""
     encoder = _Timed(name)
-    encoder(torch.zeros(RATIOS, SHAPE[2], *SHAPE[:2], dtype=torch.uint8, device=_device()))
+    encoder(torch.zeros(RATIOS, SHAPE[2], *SHAPE[:2], dtype=torch.uint8, device=device_kind()))
     encoder.seconds = 0.0
     plan = tables.read(root / "plan.parquet", tables.PLAN)
     sets = plan.select("class_a", "class_b", "group").unique(maintain_order=True).rows()
     scan = 0.0
     shares = []
-    started = _now()
+    started = now()
     features: dict[int, list[torch.Tensor]] = {}
     for file in sorted(os.listdir(root / "real-png")):
         label = int(file.removesuffix(".png").split("_")[1])
@@ -188,14 +189,14 @@ def _original(root: Path, name: str) -> dict[str, float]:
         encoded = encoder(torch.stack([_read(root / "mixed-png" / file) for file in found]))
         line = prototypes[class_a] - prototypes[class_b]
         shares += ((encoded - prototypes[class_b]) @ line / (line @ line)).tolist()
-    seconds = _now() - started
+    seconds = now() - started
     np.save(root / "original.npy", np.array(shares, dtype=np.float32))
     return {"seconds": seconds, "forward": encoder.seconds, "scan": scan}
 
 
 def _read(path: Path) -> torch.Tensor:
     """uint8 (C, H, W) on the device."""
-    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).to(_device())
+    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1).to(device_kind())
 
 
 def _write_images(root: Path, images: int) -> tuple[int, int]:
@@ -233,14 +234,3 @@ def _in_a_process(function: Callable[..., dict[str, float]], *arguments: Any) ->
     """``function(*arguments)`` in a new process, with as many threads as this one."""
     with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
         return pool.apply(function, arguments)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _now() -> float:
-    """Seconds, when the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.monotonic()

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from csm.optimization import OptimizerConfig
 from csm.precision import dtype_of
 from csm.schedules import MixedSet
 from csm.training import Split, fit
+from flows.bench.clock import device_kind, now
 from flows.progress import say
 
 CLASSES, SIDE, RATIOS = 10, 32, 8
@@ -75,7 +75,7 @@ def training_speed(steps: int = 0, network: str = "", variants: bool = False) ->
         baseline_peak_mib, peak_mib (of the GPU, or else of the process, without loaders), load_before (of the machine, 1 minute), and with
         ``variants`` those as a list of dicts.
     """
-    device = _device()
+    device = device_kind()
     network, steps, load = network or NETWORK[device], steps or STEPS[device], os.getloadavg()[0]
     batch = OPTIMIZER.batch_size * (1 + PER_REAL)
     with tempfile.TemporaryDirectory(prefix="csm-bench-") as folder:
@@ -125,18 +125,18 @@ def _ours(network: str, steps: int, setting: Setting) -> dict[str, Any]:
     real, mixed = _images(steps * OPTIMIZER.batch_size)
     classifier = _classifier(network)
     optimizer = replace(OPTIMIZER, **vars(setting))  # type: ignore[arg-type]
-    device = torch.device(_device())
+    device = torch.device(device_kind())
     first: list[float] = []
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as in the workers of csm train
-    fit(classifier, real, real, METHOD, optimizer, 0, mixed, save_state=lambda state: first.append(_now()), device=device)
-    seconds = (_now() - first[0]) / steps
+    fit(classifier, real, real, METHOD, optimizer, 0, mixed, save_state=lambda state: first.append(now()), device=device)
+    seconds = (now() - first[0]) / steps
     return {"seconds": seconds, "peak": _peak(), "precision": str(dtype_of(optimizer.precision, classifier, device))[6:]}
 
 
 def _original(root: Path, network: str, steps: int) -> dict[str, Any]:
     """Seconds of a step, and of it those in which it waits for the loaders."""
-    device = torch.device(_device())
+    device = torch.device(device_kind())
     model = _classifier(network).network.to(device).train()
     sgd = torch.optim.SGD(model.parameters(), lr=OPTIMIZER.learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
     loader = DataLoader(_Files(root), OPTIMIZER.batch_size, shuffle=True, num_workers=LOADERS, drop_last=True)
@@ -145,17 +145,17 @@ def _original(root: Path, network: str, steps: int) -> dict[str, Any]:
     warm = WARM[device.type]
     for step in range(warm + steps):
         if step == warm:
-            waits, started = 0.0, _now()
-        before = _now()
+            waits, started = 0.0, now()
+        before = now()
         images, labels, mixed, soft = (tensor.to(device) for tensor in next(batches))
-        waits += _now() - before
+        waits += now() - before
         logits = model(torch.cat([images, mixed.flatten(0, 1)]))
         loss = F.cross_entropy(logits[: len(images)], labels) + l2(logits[len(images) :], soft.flatten(0, 1))
         sgd.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip)
         sgd.step()
-    return {"seconds": (_now() - started) / steps, "wait": waits / steps, "peak": _peak()}
+    return {"seconds": (now() - started) / steps, "wait": waits / steps, "peak": _peak()}
 
 
 class _Files(Dataset[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]]):
@@ -239,19 +239,8 @@ def _in_a_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> d
 
 def _peak() -> int:
     """MiB."""
-    if _device() == "cuda":
+    if device_kind() == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20)
     # Not ru_maxrss: that of a process starts with its parent's.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return round(int(status["VmHWM"].split()[0]) / 1024)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _now() -> float:
-    """Seconds, when the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.monotonic()
