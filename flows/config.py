@@ -13,23 +13,19 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cluster.resources import ResourcesConfig
-from csm.classifiers import NETWORKS
 from csm.datasets import DATASETS
 from csm.datasets.shifts import ShiftConfig, check_shift
 from csm.errors import InputError
 from csm.generators.conditioning import OPERATORS
 from csm.generators.config import GeneratorConfig
-from csm.losses import HARD, SOFT, build_loss
 from csm.methods import Method
-from csm.optimization import OptimizerConfig
 from csm.parameters import check_name, check_parameters, expected
-from csm.pixel_mixing import build_pixel_mixing
 from csm.planning import PlanConfig, ratio_grid
 from csm.posthoc import POSTHOC
 from csm.precision import Precision
 from csm.sampling import SamplerConfig
-from csm.schedules import SCHEDULES
 from flows.annotators import AnnotateConfig, check_annotators, check_asked, check_folder_name
+from flows.methods import TrainConfig, check_train
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -50,31 +46,6 @@ class MixConfig:
     operator: str = "embedding"
     precision: Precision = "auto"
     compile: bool = False
-
-
-@dataclass(frozen=True, config=STRICT)
-class TrainConfig:
-    """Classifiers to train: every method of ``compare`` (empty: all of ``methods``) with seeds 0..seeds-1.
-
-    Attributes:
-        loss: train one method alone: the one of this name, or plain training with the loss of this name.
-        workers: that train each classifier together, sharing its batches; with one, each trains classifiers of its own.
-    """
-
-    methods: dict[str, Method]
-    compare: tuple[str, ...] = ()
-    loss: str | None = None
-    workers: int = Field(default=1, ge=1)
-    seeds: int = Field(default=3, ge=1)
-    network: str = "small-cnn"
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-
-    @property
-    def chosen(self) -> dict[str, Method]:
-        if self.loss is not None:
-            return {self.loss: self.methods.get(self.loss, Method(description=f"Loss {self.loss}", loss=self.loss))}
-        return {name: self.methods[name] for name in self.compare or self.methods}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -253,9 +224,6 @@ def _check_names(config: Config) -> Config:
     if source not in DATASETS:
         raise InputError(f"data.source: unknown {source!r}; one of {', '.join(DATASETS)}")
     data = check_parameters(DATASETS[source], {key: value for key, value in config.data.items() if key != "source"}, "data")
-    check_name("train.network", config.train.network, NETWORKS)
-    network = NETWORKS[config.train.network]
-    parameters = check_parameters(network, config.train.parameters, "train.parameters", reserved=("channels", "n_classes"))
     sampler = config.mix.sampler
     if sampler.sigma_min >= sampler.sigma_max:
         raise InputError(f"mix.sampler.sigma_min: expected less than sigma_max {sampler.sigma_max:g}, got {sampler.sigma_min:g}")
@@ -267,17 +235,7 @@ def _check_names(config: Config) -> Config:
     check_asked(annotate, "annotate.annotator", annotate.annotator)
     for name in config.evaluate.posthoc:
         check_name("evaluate.posthoc", name, POSTHOC)
-    for name in config.train.compare:
-        check_name("train.compare", name, config.train.methods)
-    if config.train.loss is not None:
-        check_name("train.loss", config.train.loss, {**config.train.methods, **HARD})
-    twice = [name for name in config.train.compare if config.train.compare.count(name) > 1]
-    if twice:
-        raise InputError(f"train.compare: {twice[0]!r} is named more than once")
-    _check_optimizer(config.train)
-    for name, method in (config.train.methods | config.train.chosen).items():
-        _check_method(config, name, method, annotate)
-    train = replace(config.train, parameters=parameters)
+    train = check_train(config.train, annotate)
     shifts = {name: _check_shift(f"evaluate.shifts.{name}", name, shift) for name, shift in config.evaluate.shifts.items()}
     evaluate = replace(config.evaluate, shifts=shifts)
     return replace(config, data={"source": source, **data}, train=train, annotate=annotate, evaluate=evaluate)
@@ -286,52 +244,6 @@ def _check_names(config: Config) -> Config:
 def _check_shift(where: str, name: str, shift: ShiftConfig) -> ShiftConfig:
     check_folder_name(where, name)
     return check_shift(shift, where)
-
-
-def _check_optimizer(train: TrainConfig) -> None:
-    """Settings that do not fit together."""
-    optimizer, epochs = train.optimizer, train.optimizer.epochs
-    if optimizer.schedule == "multi-step":
-        if not optimizer.milestones:
-            raise InputError(
-                "train.optimizer.milestones: missing; schedule multi-step needs the epochs after which the rate falls"
-            )
-        if list(optimizer.milestones) != sorted({*optimizer.milestones}) or not 0 < optimizer.milestones[-1] < epochs:
-            raise InputError(
-                f"train.optimizer.milestones: expected rising epochs below the {epochs} of train.optimizer.epochs, "
-                f"got {list(optimizer.milestones)}"
-            )
-    if optimizer.warmup >= epochs:
-        raise InputError(
-            f"train.optimizer.warmup: expected fewer than the {epochs} epochs of the training, got {optimizer.warmup}"
-        )
-    if optimizer.batch_size % train.workers:
-        raise InputError(
-            f"train.workers: {train.workers} workers cannot share batches of {optimizer.batch_size} images evenly; "
-            "change it or train.optimizer.batch_size"
-        )
-    for name, term in ((name, method.mixed) for name, method in train.chosen.items() if method.mixed):
-        if term.warm_start >= epochs:
-            raise InputError(
-                f"train.methods.{name}.mixed.warm_start: expected fewer than the {epochs} epochs of the training, got {term.warm_start}"
-            )
-        if term.off_after is not None and 0 < term.off_after <= term.warm_start:
-            raise InputError(
-                f"train.methods.{name}.mixed.off_after: expected more than the {term.warm_start} epochs of warm_start, "
-                f"got {term.off_after}"
-            )
-
-
-def _check_method(config: Config, name: str, method: Method, annotate: AnnotateConfig) -> None:
-    where = f"train.methods.{name}"
-    build_loss(HARD, method.loss, dict(method.parameters), where + (".parameters" if method.loss in HARD else ".loss"))
-    if method.mixing:
-        build_pixel_mixing(method.mixing.kind, method.mixing.parameters, f"{where}.mixing")
-    if method.mixed:
-        check_name(f"{where}.mixed.loss", method.mixed.loss, SOFT)
-        check_name(f"{where}.mixed.schedule", method.mixed.schedule, SCHEDULES)
-        if name in config.train.chosen and method.mixed.annotator is not None:
-            check_asked(annotate, f"{where}.mixed.annotator", method.mixed.annotator)
 
 
 def _explain(errors: Sequence[Any]) -> str:

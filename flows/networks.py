@@ -6,8 +6,8 @@ from csm import storage
 from csm.classifiers import check_network
 from csm.datasets import RealDataset
 from csm.errors import InputError
-from flows.config import TrainConfig
 from flows.folders import folder_files
+from flows.methods import TrainConfig
 from flows.stages import Context
 
 

@@ -1,0 +1,106 @@
+"""The methods of a comparison: what the configuration says of them, checked against the registries."""
+
+from dataclasses import replace
+from typing import Any
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from csm.classifiers import NETWORKS
+from csm.errors import InputError
+from csm.losses import HARD, SOFT, build_loss
+from csm.methods import Method
+from csm.optimization import OptimizerConfig
+from csm.parameters import check_name, check_parameters
+from csm.pixel_mixing import build_pixel_mixing
+from csm.schedules import SCHEDULES
+from flows.annotators import AnnotateConfig, check_asked
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class TrainConfig:
+    """Classifiers to train: every method of ``compare`` (empty: all of ``methods``) with seeds 0..seeds-1.
+
+    Attributes:
+        loss: train one method alone: the one of this name, or plain training with the loss of this name.
+        workers: that train each classifier together, sharing its batches; with one, each trains classifiers of its own.
+    """
+
+    methods: dict[str, Method]
+    compare: tuple[str, ...] = ()
+    loss: str | None = None
+    workers: int = Field(default=1, ge=1)
+    seeds: int = Field(default=3, ge=1)
+    network: str = "small-cnn"
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+
+    @property
+    def chosen(self) -> dict[str, Method]:
+        if self.loss is not None:
+            return {self.loss: self.methods.get(self.loss, Method(description=f"Loss {self.loss}", loss=self.loss))}
+        return {name: self.methods[name] for name in self.compare or self.methods}
+
+
+def check_train(train: TrainConfig, annotate: AnnotateConfig) -> TrainConfig:
+    """``train`` with the network's parameters in their types; ``InputError`` names the key that is unknown or does not fit the others."""
+    check_name("train.network", train.network, NETWORKS)
+    network = NETWORKS[train.network]
+    parameters = check_parameters(network, train.parameters, "train.parameters", reserved=("channels", "n_classes"))
+    for name in train.compare:
+        check_name("train.compare", name, train.methods)
+    if train.loss is not None:
+        check_name("train.loss", train.loss, {**train.methods, **HARD})
+    twice = [name for name in train.compare if train.compare.count(name) > 1]
+    if twice:
+        raise InputError(f"train.compare: {twice[0]!r} is named more than once")
+    _check_optimizer(train)
+    for name, method in (train.methods | train.chosen).items():
+        _check_method(train, name, method, annotate)
+    return replace(train, parameters=parameters)
+
+
+def _check_optimizer(train: TrainConfig) -> None:
+    """Settings that do not fit together."""
+    optimizer, epochs = train.optimizer, train.optimizer.epochs
+    if optimizer.schedule == "multi-step":
+        if not optimizer.milestones:
+            raise InputError(
+                "train.optimizer.milestones: missing; schedule multi-step needs the epochs after which the rate falls"
+            )
+        if list(optimizer.milestones) != sorted({*optimizer.milestones}) or not 0 < optimizer.milestones[-1] < epochs:
+            raise InputError(
+                f"train.optimizer.milestones: expected rising epochs below the {epochs} of train.optimizer.epochs, "
+                f"got {list(optimizer.milestones)}"
+            )
+    if optimizer.warmup >= epochs:
+        raise InputError(
+            f"train.optimizer.warmup: expected fewer than the {epochs} epochs of the training, got {optimizer.warmup}"
+        )
+    if optimizer.batch_size % train.workers:
+        raise InputError(
+            f"train.workers: {train.workers} workers cannot share batches of {optimizer.batch_size} images evenly; "
+            "change it or train.optimizer.batch_size"
+        )
+    for name, term in ((name, method.mixed) for name, method in train.chosen.items() if method.mixed):
+        if term.warm_start >= epochs:
+            raise InputError(
+                f"train.methods.{name}.mixed.warm_start: expected fewer than the {epochs} epochs of the training, got {term.warm_start}"
+            )
+        if term.off_after is not None and 0 < term.off_after <= term.warm_start:
+            raise InputError(
+                f"train.methods.{name}.mixed.off_after: expected more than the {term.warm_start} epochs of warm_start, "
+                f"got {term.off_after}"
+            )
+
+
+def _check_method(train: TrainConfig, name: str, method: Method, annotate: AnnotateConfig) -> None:
+    where = f"train.methods.{name}"
+    build_loss(HARD, method.loss, dict(method.parameters), where + (".parameters" if method.loss in HARD else ".loss"))
+    if method.mixing:
+        build_pixel_mixing(method.mixing.kind, method.mixing.parameters, f"{where}.mixing")
+    if method.mixed:
+        check_name(f"{where}.mixed.loss", method.mixed.loss, SOFT)
+        check_name(f"{where}.mixed.schedule", method.mixed.schedule, SCHEDULES)
+        if name in train.chosen and method.mixed.annotator is not None:
+            check_asked(annotate, f"{where}.mixed.annotator", method.mixed.annotator)
