@@ -86,6 +86,31 @@ SHIFT_METRICS: Schema = {
 }
 
 
+TRIAL_STATUS = pl.Enum(("done", "stopped", "failed"))  # stopped: by the scheduler, before its last epoch
+
+
+def sweep(parameters: Mapping[str, pl.DataType], metrics: Sequence[str]) -> Schema:
+    """Columns of ``sweep.parquet``, one row for each trial: a configuration, trained with one or several seeds.
+
+    ``parameters`` is dotted key -> Int64, Float64, Boolean or String: what was tried, null where a choice made it idle. For each of
+    ``metrics`` there is the mean over seeds and the ends of its 95 % interval: on validation, and on test for chosen trials alone.
+    """
+    columns: dict[str, pl.DataType] = {
+        "trial": pl.UInt32(),
+        "status": TRIAL_STATUS,
+        "error": pl.String(),  # null but for failed ones
+        "run": pl.String(),  # MLflow's id, null without one
+        "seeds": pl.UInt16(),  # trained to the end
+        "epochs": pl.UInt32(),  # of the first seed
+        "seconds": pl.Float64(),
+        "rank": pl.UInt32(),  # by the first objective, from 1; null unless done
+        "pareto": pl.Boolean(),  # no other trial is as good in every objective and better in one
+    }
+    columns |= {f"param.{key}": dtype for key, dtype in parameters.items()}
+    names = [f"{split}.{metric}" for split in ("val", "test") for metric in metrics]
+    return columns | {f"{name}{end}": pl.Float64() for name in names for end in ("", ".low", ".high")}
+
+
 def annotations(n_classes: int) -> Schema:
     """Columns of ``annotations/ANNOTATOR/part-*``; ``log_posterior`` is null for annotators that know only the pair."""
     return {"mix_id": pl.String(), "lam_raw": pl.Float32(), "log_posterior": pl.Array(pl.Float32(), n_classes)}

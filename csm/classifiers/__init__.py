@@ -66,4 +66,13 @@ def load_classifier(directory: Path) -> Classifier:
     return classifier.eval()
 
 
-__all__ = ["NETWORKS", "Classifier", "ClassifierSpec", "build_classifier", "check_network", "in_batches", "load_classifier"]
+__all__ = [
+    "NETWORKS",
+    "Classifier",
+    "ClassifierSpec",
+    "build_classifier",
+    "check_network",
+    "in_batches",
+    "load_classifier",
+    "load_weights",
+]
