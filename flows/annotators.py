@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from csm.encoders import ENCODERS
 from csm.errors import InputError
+from csm.optimization import OptimizerConfig
 from csm.parameters import check_name, check_parameters
 from csm.reannotation import CALIBRATORS, HEADS
 from flows.folders import folder_files
@@ -62,6 +63,21 @@ class AnnotatorConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class TeacherConfig:
+    """How the teacher's classifiers are trained, where that is not as ``train`` says: labels then stay while ``train`` changes.
+
+    Attributes:
+        network: a key of ``NETWORKS``; None: that of ``train``.
+        parameters: of the network; None: those of ``train``, or none for another network.
+        optimizer: the whole section; None: that of ``train``.
+    """
+
+    network: str | None = None
+    parameters: dict[str, Any] | None = None
+    optimizer: OptimizerConfig | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
 class AnnotateConfig:
     """Who says how confident a label is.
 
@@ -71,6 +87,7 @@ class AnnotateConfig:
         annotators, encoders: by name.
         candidates: of "auto".
         members: number of classifiers of the teacher; the first is also the encoder ``classifier``.
+        teacher: how they are trained.
     """
 
     annotators: dict[str, AnnotatorConfig]
@@ -78,6 +95,7 @@ class AnnotateConfig:
     annotator: str = "teacher"
     candidates: tuple[str, ...] = ()
     members: int = Field(default=4, ge=1)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
 
     def to_fit(self, names: Iterable[str]) -> tuple[str, ...]:
         """Annotators to fit for ``names``: the candidates in place of "auto", and members of ensembles, each before who needs it."""

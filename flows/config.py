@@ -25,7 +25,8 @@ from csm.posthoc import POSTHOC
 from csm.precision import Precision
 from csm.sampling import SamplerConfig
 from flows.annotators import AnnotateConfig, check_annotators, check_asked, check_folder_name
-from flows.methods import TrainConfig, check_train
+from flows.methods import TrainConfig, check_teacher, check_train
+from flows.sweeps import TuneConfig, check_tune
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -79,6 +80,7 @@ class Config:
     mix: MixConfig = Field(default_factory=MixConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+    tune: TuneConfig = Field(default_factory=TuneConfig)
 
     @property
     def annotators(self) -> tuple[str, ...]:
@@ -95,6 +97,20 @@ class Config:
         """Name of the annotator of a method with a mixed term."""
         assert method.mixed is not None
         return method.mixed.annotator or self.annotate.annotator
+
+    def value(self, key: str) -> Any:
+        """What stands at a dotted key; None where nothing does."""
+        value: Any = asdict(self)
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
+    def with_values(self, *changes: Mapping[str, Any]) -> "Config":
+        """This configuration, checked, after ``changes`` of dotted key -> value, one after the other; null is the default."""
+        values = plain(asdict(self))
+        for key, value in (item for change in changes for item in change.items()):
+            values = _merge(values, _nested(key, value))
+        return _validate(_without_null(values))
 
     def to_yaml(self) -> str:
         """The resolved configuration; loading it gives an equal one."""
@@ -116,7 +132,11 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     values = _merge(_read_bundled("default"), given)
     for override in overrides:
         values = _merge(values, _parse_override(override))
-    return _validate(_without_null(values))
+    config = _validate(_without_null(values))
+    # The sweep of a bundled configuration need not fit the user's other settings, until it is run.
+    if (name not in config_names() and "tune" in given) or any(override.startswith("tune") for override in overrides):
+        check_tune(config)
+    return config
 
 
 def config_names() -> list[str]:
@@ -171,6 +191,11 @@ def _parse_override(override: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"--set {override}: the value is not valid YAML") from None
+    return _nested(key, value)
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """``value`` below the sections of a dotted key."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return value  # type: ignore[no-any-return]
@@ -236,6 +261,7 @@ def _check_names(config: Config) -> Config:
     for name in config.evaluate.posthoc:
         check_name("evaluate.posthoc", name, POSTHOC)
     train = check_train(config.train, annotate)
+    annotate = check_teacher(train, annotate)
     shifts = {name: _check_shift(f"evaluate.shifts.{name}", name, shift) for name, shift in config.evaluate.shifts.items()}
     evaluate = replace(config.evaluate, shifts=shifts)
     return replace(config, data={"source": source, **data}, train=train, annotate=annotate, evaluate=evaluate)

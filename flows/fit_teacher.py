@@ -11,7 +11,8 @@ from csm.runs import RunSpec
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.folders import absolute_folders
-from flows.networks import check_train, network_settings
+from flows.methods import teacher_training
+from flows.networks import check_training, network_settings
 from flows.stages import Context, Made, Stage
 from flows.training import fit_runs
 
@@ -31,8 +32,8 @@ def _run(context: Context, record: StageRecord) -> Made:
 
 
 def _member(context: Context, number: int) -> RunSpec:
-    """One classifier of the teacher, trained as the comparison's cross-entropy is, with a seed of its own."""
-    workspace, train = context.workspace, context.config.train
+    """One classifier of the teacher, trained as the comparison's cross-entropy is, or as ``annotate.teacher`` says; its seed is its own."""
+    workspace, train = context.workspace, teacher_training(context.config.train, context.config.annotate)
     data = RealDataset.load_info(workspace.root)
     settings = [data.digest, train.network, network_settings(train), asdict(train.optimizer), number]
     return RunSpec(
@@ -51,12 +52,14 @@ def _member(context: Context, number: int) -> RunSpec:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    train = {
-        "network": config.train.network,
-        "parameters": network_settings(config.train),
-        "optimizer": asdict(config.train.optimizer),
-    }
-    return {"annotate": {"members": config.annotate.members}, "train": train}
+    train = teacher_training(config.train, config.annotate)
+    settings = {"network": train.network, "parameters": network_settings(train), "optimizer": asdict(train.optimizer)}
+    return {"annotate": {"members": config.annotate.members}, "train": settings}
+
+
+def _check(context: Context) -> None:
+    train, annotate = context.config.train, context.config.annotate
+    check_training(context, teacher_training(train, annotate), "annotate.teacher" if annotate.teacher.optimizer else "train")
 
 
 STAGE = Stage(
@@ -66,7 +69,7 @@ STAGE = Stage(
     inputs=("prepare",),
     settings=_settings,
     outputs=lambda workspace, config: [member / "run.json" for member in members(workspace, config)],
-    check=check_train,
+    check=_check,
     run=_run,
     incremental=True,
 )

@@ -42,11 +42,31 @@ class TrainConfig:
         return {name: self.methods[name] for name in self.compare or self.methods}
 
 
+def teacher_training(train: TrainConfig, annotate: AnnotateConfig) -> TrainConfig:
+    """``train`` as the teacher's classifiers are trained."""
+    teacher = annotate.teacher
+    network = teacher.network or train.network
+    own = train.parameters if network == train.network else {}
+    parameters = own if teacher.parameters is None else teacher.parameters
+    return replace(train, network=network, parameters=parameters, optimizer=teacher.optimizer or train.optimizer)
+
+
+def check_teacher(train: TrainConfig, annotate: AnnotateConfig) -> AnnotateConfig:
+    """``annotate`` with the teacher's parameters in their types; ``InputError`` names the key that cannot be used."""
+    training = teacher_training(train, annotate)
+    parameters = _check_network(training, "annotate.teacher")
+    if annotate.teacher.optimizer:
+        _check_optimizer(training, "annotate.teacher.optimizer")
+    return (
+        annotate
+        if annotate.teacher.parameters is None
+        else replace(annotate, teacher=replace(annotate.teacher, parameters=parameters))
+    )
+
+
 def check_train(train: TrainConfig, annotate: AnnotateConfig) -> TrainConfig:
     """``train`` with the network's parameters in their types; ``InputError`` names the key that is unknown or does not fit the others."""
-    check_name("train.network", train.network, NETWORKS)
-    network = NETWORKS[train.network]
-    parameters = check_parameters(network, train.parameters, "train.parameters", reserved=("channels", "n_classes"))
+    parameters = _check_network(train, "train")
     for name in train.compare:
         check_name("train.compare", name, train.methods)
     if train.loss is not None:
@@ -54,34 +74,42 @@ def check_train(train: TrainConfig, annotate: AnnotateConfig) -> TrainConfig:
     twice = [name for name in train.compare if train.compare.count(name) > 1]
     if twice:
         raise InputError(f"train.compare: {twice[0]!r} is named more than once")
-    _check_optimizer(train)
+    _check_optimizer(train, "train.optimizer")
+    _check_epochs(train)
     for name, method in (train.methods | train.chosen).items():
         _check_method(train, name, method, annotate)
     return replace(train, parameters=parameters)
 
 
-def _check_optimizer(train: TrainConfig) -> None:
+def _check_network(train: TrainConfig, where: str) -> dict[str, Any]:
+    """The network's parameters in their types."""
+    check_name(f"{where}.network", train.network, NETWORKS)
+    network = NETWORKS[train.network]
+    return check_parameters(network, train.parameters, f"{where}.parameters", reserved=("channels", "n_classes"))
+
+
+def _check_optimizer(train: TrainConfig, where: str) -> None:
     """Settings that do not fit together."""
     optimizer, epochs = train.optimizer, train.optimizer.epochs
     if optimizer.schedule == "multi-step":
         if not optimizer.milestones:
-            raise InputError(
-                "train.optimizer.milestones: missing; schedule multi-step needs the epochs after which the rate falls"
-            )
+            raise InputError(f"{where}.milestones: missing; schedule multi-step needs the epochs after which the rate falls")
         if list(optimizer.milestones) != sorted({*optimizer.milestones}) or not 0 < optimizer.milestones[-1] < epochs:
             raise InputError(
-                f"train.optimizer.milestones: expected rising epochs below the {epochs} of train.optimizer.epochs, "
-                f"got {list(optimizer.milestones)}"
+                f"{where}.milestones: expected rising epochs below the {epochs} of {where}.epochs, got {list(optimizer.milestones)}"
             )
     if optimizer.warmup >= epochs:
-        raise InputError(
-            f"train.optimizer.warmup: expected fewer than the {epochs} epochs of the training, got {optimizer.warmup}"
-        )
+        raise InputError(f"{where}.warmup: expected fewer than the {epochs} epochs of the training, got {optimizer.warmup}")
     if optimizer.batch_size % train.workers:
         raise InputError(
             f"train.workers: {train.workers} workers cannot share batches of {optimizer.batch_size} images evenly; "
-            "change it or train.optimizer.batch_size"
+            f"change it or {where}.batch_size"
         )
+
+
+def _check_epochs(train: TrainConfig) -> None:
+    """Epochs at which mixed images start or end, against those of the training."""
+    epochs = train.optimizer.epochs
     for name, term in ((name, method.mixed) for name, method in train.chosen.items() if method.mixed):
         if term.warm_start >= epochs:
             raise InputError(

@@ -18,16 +18,22 @@ def network_settings(train: TrainConfig) -> dict[str, Any]:
 
 
 def check_train(context: Context) -> None:
+    """``check_training`` of the classifiers that are compared."""
+    check_training(context, context.config.train, "train")
+
+
+def check_training(context: Context, train: TrainConfig, where: str) -> None:
     """``InputError`` if the network cannot be built for these images, or augmentation leaves nothing of them.
 
-    Of the data set only what is prepared already is asked.
+    Of the data set only what is prepared already is asked. The message starts with ``where``, the section of ``train``'s settings.
     """
-    train, workspace = context.config.train, context.workspace
+    workspace = context.workspace
     shape = RealDataset.load_info(workspace.root).shape if workspace.dataset.is_file() else None
     check_network(train.network, train.parameters, shape)
     for key in ("shift", "cutout"):
         pixels = getattr(train.optimizer, key)
         if shape is not None and pixels >= min(shape[:2]):
+            size = f"{shape[0]}x{shape[1]}"
             raise InputError(
-                f"train.optimizer.{key}: {pixels} pixels leave nothing of images of {shape[0]}x{shape[1]}: take less than {min(shape[:2])}"
+                f"{where}.optimizer.{key}: {pixels} pixels leave nothing of images of {size}: take less than {min(shape[:2])}"
             )

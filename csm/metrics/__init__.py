@@ -23,6 +23,7 @@ class Metric(NamedTuple):
     function: Callable[..., Tensor]
     binned: bool = False
     from_log_probs: Callable[[Tensor, Tensor], Tensor] | None = None
+    higher_is_better: bool = False
 
 
 def evaluate(
@@ -77,7 +78,7 @@ def evaluate(
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric(accuracy),
+    "accuracy": Metric(accuracy, higher_is_better=True),
     "ece": Metric(ece, binned=True),
     "aece": Metric(aece, binned=True),
     "classwise_ece": Metric(classwise_ece, binned=True),
@@ -88,7 +89,7 @@ METRICS: dict[str, Metric] = {
     "nll": Metric(nll, from_log_probs=nll_from_log_probs),
     "brier": Metric(brier),
     "brier_reliability": Metric(brier_reliability, binned=True),
-    "brier_resolution": Metric(brier_resolution, binned=True),
+    "brier_resolution": Metric(brier_resolution, binned=True, higher_is_better=True),
     "brier_uncertainty": Metric(brier_uncertainty),
     "l2_ce_debiased": Metric(l2_ce_debiased, binned=True),
     "smooth_ece": Metric(smooth_ece),

@@ -1,0 +1,353 @@
+"""Search spaces: what each setting may be, and settings that exist only beside a choice."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from csm import storage
+from csm.errors import InputError
+
+if TYPE_CHECKING:  # a configuration is checked without importing optuna, which only a sweep needs
+    from optuna import Trial
+    from optuna.distributions import BaseDistribution
+
+FORMS = "a list of choices, {values: ...}, or {low: ..., high: ..., log: ..., step: ...}"
+ENTRY = ("values", "low", "high", "log", "step")  # a section with one of these keys says what a setting may be
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of ``values``; ``branches`` are the spaces of the settings that exist only beside each of them."""
+
+    values: tuple[Any, ...]
+    branches: tuple["SearchSpace", ...]
+
+    @property
+    def size(self) -> int | None:
+        """Number of configurations; None without end."""
+        sizes = [branch.size for branch in self.branches]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+
+    @property
+    def distribution(self) -> "BaseDistribution":
+        """Of the index: optuna cannot tell 1 from True, and keeps no lists."""
+        from optuna.distributions import CategoricalDistribution
+
+        return CategoricalDistribution(range(len(self.values)))
+
+    def suggest(self, trial: "Trial", name: str) -> Any:
+        return self.values[trial.suggest_categorical(name, range(len(self.values)))]
+
+    def encode(self, value: Any) -> int:
+        """The index of ``value``."""
+        texts = [_text(known) for known in self.values]
+        if _text(value) not in texts:
+            raise ValueError(f"expected one of {list(self.values)}, got {value!r}")
+        return texts.index(_text(value))
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, both of them included: whole ones if both are whole, every ``step``-th if that is given."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: int | float | None = None
+
+    @property
+    def size(self) -> int | None:
+        """Number of values; None for real numbers."""
+        if self.step is not None:
+            return int((Decimal(str(self.high)) - Decimal(str(self.low))) / Decimal(str(self.step))) + 1
+        return self.high - self.low + 1 if isinstance(self.low, int) and isinstance(self.high, int) else None
+
+    @property
+    def distribution(self) -> "BaseDistribution":
+        """Of the value, or of its place among those that ``step`` leaves, for sums of steps in binary are not what was written."""
+        from optuna.distributions import FloatDistribution, IntDistribution
+
+        if self.step is not None:
+            assert self.size is not None
+            return IntDistribution(0, self.size - 1)
+        if self.size is None:
+            return FloatDistribution(self.low, self.high, log=self.log)
+        return IntDistribution(int(self.low), int(self.high), log=self.log)
+
+    def suggest(self, trial: "Trial", name: str) -> int | float:
+        if self.step is not None:
+            assert self.size is not None
+            return self.at(trial.suggest_int(name, 0, self.size - 1))
+        if self.size is None:
+            return trial.suggest_float(name, self.low, self.high, log=self.log)
+        return trial.suggest_int(name, int(self.low), int(self.high), log=self.log)
+
+    def at(self, place: int) -> int | float:
+        """The value at ``place``, from 0, of a range that can be counted."""
+        value = Decimal(str(self.low)) + place * Decimal(str(self.step or 1))
+        return int(value) if isinstance(self.low, int) and not isinstance(self.step, float) else float(value)
+
+    def encode(self, value: Any) -> int | float:
+        """What ``distribution`` is of, for ``value``."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.low <= value <= self.high:
+            raise ValueError(f"expected a number from {self.low:g} to {self.high:g}, got {value!r}")
+        if self.step is None:
+            return value if self.size is None else int(value)
+        return round(float((Decimal(str(value)) - Decimal(str(self.low))) / Decimal(str(self.step))))
+
+
+Domain: TypeAlias = Choice | Range
+
+
+class Setting(NamedTuple):
+    """A setting of one assignment. ``name`` is unique in the space: the dotted key, behind the choices that it exists beside."""
+
+    name: str
+    key: str
+    domain: Domain
+    value: Any
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What each of the dotted keys may be, in the order in which they are chosen."""
+
+    entries: tuple[tuple[str, Domain], ...]
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Every dotted key, those of branches behind the key that decides on them."""
+        return tuple(dict.fromkeys(key for key, _ in self._domains()))
+
+    @cached_property
+    def size(self) -> int | None:
+        """Number of configurations; None if a range of real numbers makes it infinite."""
+        sizes = [domain.size for _, domain in self.entries]
+        return None if None in sizes else math.prod(size for size in sizes if size is not None)
+
+    @property
+    def digest(self) -> str:
+        """Identifies the space."""
+        return storage.digest(_plain(self))
+
+    def endless(self) -> tuple[str, ...]:
+        """Keys of ranges of real numbers, which a grid cannot count."""
+        return tuple(dict.fromkeys(key for key, domain in self._domains() if isinstance(domain, Range) and domain.size is None))
+
+    def choices(self, key: str) -> tuple[Any, ...] | None:
+        """All values that ``key`` may take, in any branch; None if it has a range somewhere.
+
+        Raises:
+            KeyError: the space has no such key.
+        """
+        domains = [domain for name, domain in self._domains() if name == key]
+        if not domains:
+            raise KeyError(key)
+        values: dict[str, Any] = {}
+        for domain in domains:
+            if isinstance(domain, Range):
+                return None
+            values |= {_text(value): value for value in domain.values}
+        return tuple(values.values())
+
+    def sample(self, trial: "Trial") -> dict[str, Any]:
+        """What an optuna trial suggests: dotted key -> value, of the settings that exist beside each other."""
+        return {setting.key: setting.value for setting in self._walk(lambda name, key, domain: domain.suggest(trial, name))}
+
+    def at(self, index: int) -> dict[str, Any]:
+        """Assignment ``index``, from 0 to ``size`` - 1, of a space that can be counted; each of them once."""
+        chosen: dict[str, Any] = {}
+        for key, domain in self.entries:
+            assert domain.size is not None
+            index, here = divmod(index, domain.size)
+            if isinstance(domain, Range):
+                chosen[key] = domain.at(here)
+                continue
+            for value, branch in zip(domain.values, domain.branches, strict=True):
+                assert branch.size is not None
+                if here < branch.size:
+                    chosen |= {key: value, **branch.at(here)}
+                    break
+                here -= branch.size
+        return chosen
+
+    def settings(self, assignment: Mapping[str, Any]) -> tuple[Setting, ...]:
+        """The settings of ``assignment``, as ``sample`` gave it, perhaps through JSON.
+
+        Raises:
+            InputError: it is of another space.
+        """
+
+        def given(name: str, key: str, domain: Domain) -> Any:
+            if key not in assignment:
+                raise InputError(f"a trial of another space: it lacks {key}")
+            try:
+                domain.encode(assignment[key])
+            except ValueError as error:
+                raise InputError(f"a trial of another space: {key}: {error}") from None
+            return assignment[key]
+
+        settings = tuple(self._walk(given))
+        unknown = sorted({*assignment} - {setting.key for setting in settings})
+        if unknown:
+            raise InputError(f"a trial of another space: it has {', '.join(unknown)}")
+        return settings
+
+    def corners(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Assignments in which each choice and each end of a range stands at least once, each with the key that it is about.
+
+        Whatever is not about that key is the first choice or the low end.
+        """
+        first = self.first()
+        for key, domain in self.entries:
+            if isinstance(domain, Range):
+                yield from ((key, {**first, key: end}) for end in (domain.low, domain.high))
+                continue
+            above = set(self._below(domain)) | {key}
+            rest = {name: value for name, value in first.items() if name not in above}
+            for value, branch in zip(domain.values, domain.branches, strict=True):
+                yield key, {**rest, key: value, **branch.first()}
+                yield from ((name, {**rest, key: value, **below}) for name, below in branch.corners())
+
+    def first(self) -> dict[str, Any]:
+        """The first choice and the low end of everything."""
+        return {
+            setting.key: setting.value
+            for setting in self._walk(lambda name, key, domain: domain.low if isinstance(domain, Range) else domain.values[0])
+        }
+
+    def _walk(self, decide: Callable[[str, str, Domain], Any], before: str = "") -> Iterator[Setting]:
+        """The settings that ``decide(name, key, domain)`` chooses, each choice before what exists only beside it."""
+        for key, domain in self.entries:
+            value = decide(before + key, key, domain)
+            yield Setting(before + key, key, domain, value)
+            if isinstance(domain, Choice):
+                branch = domain.branches[domain.encode(value)]
+                yield from branch._walk(decide, f"{before}{key}={_text(value)} ")
+
+    def _domains(self) -> Iterator[tuple[str, Domain]]:
+        for key, domain in self.entries:
+            yield key, domain
+            if isinstance(domain, Choice):
+                for branch in domain.branches:
+                    yield from branch._domains()
+
+    @staticmethod
+    def _below(choice: Choice) -> tuple[str, ...]:
+        return tuple(key for branch in choice.branches for key in branch.keys)
+
+
+def parse_space(value: Any, where: str = "tune.space") -> SearchSpace:
+    """The space that ``value`` describes, as read from YAML: dotted keys, or sections within sections, each with what it may be.
+
+    That is a list of choices; ``{values: [...]}``, the same; ``{values: {choice: space, ...}}``, choices with the settings that exist only
+    beside them; or ``{low: ..., high: ...}``, a range, with ``log: true`` for equal chances of equal ratios, or ``step``.
+
+    Raises:
+        InputError: unknown form, no or equal choices, an empty range, or a key that would be set twice; the message starts with
+            ``where``.
+    """
+    entries = tuple((key, _parse_entry(entry, f"{where}.{key}")) for key, entry in dotted(value, where).items())
+    space = SearchSpace(entries)
+    _check_once(space, where)
+    return space
+
+
+def dotted(value: Any, where: str = "tune.space") -> dict[str, Any]:
+    """Dotted key -> what the setting may be (or whatever else stands there), from sections within sections."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where}: expected a section with keys, got {value!r}")
+    found: dict[str, Any] = {}
+    for key, entry in value.items():
+        if not isinstance(key, str) or not all(key.split(".")):
+            raise InputError(f"{where}: expected dotted keys, got {key!r}")
+        section = isinstance(entry, Mapping) and entry and not any(word in entry for word in ENTRY)
+        below = {f"{key}.{name}": item for name, item in dotted(entry, f"{where}.{key}").items()} if section else {key: entry}
+        for name, item in below.items():
+            if name in found:
+                raise InputError(f"{where}.{name}: stands there twice; leave one of them")
+            found[name] = item
+    return found
+
+
+def _parse_entry(entry: Any, where: str) -> Domain:
+    if isinstance(entry, list):
+        return _parse_choice(entry, where)
+    if not isinstance(entry, Mapping) or not entry or not set(entry) <= {*ENTRY} or ("values" in entry and len(entry) > 1):
+        raise InputError(f"{where}: expected {FORMS}, got {entry!r}")
+    return _parse_choice(entry["values"], f"{where}.values") if "values" in entry else _parse_range(entry, where)
+
+
+def _parse_choice(values: Any, where: str) -> Choice:
+    if not isinstance(values, (list, Mapping)):
+        raise InputError(
+            f"{where}: expected a list of choices, or a section with the settings beside each choice, got {values!r}"
+        )
+    if not values:
+        raise InputError(f"{where}: empty; name what may be chosen")
+    texts = [_text(value, where) for value in values]
+    for value, text in zip(values, texts, strict=True):
+        if texts.count(text) > 1:
+            raise InputError(f"{where}: {value!r} stands there more than once")
+    if isinstance(values, list):
+        return Choice(tuple(values), tuple(SearchSpace(()) for _ in values))
+    branches = tuple(parse_space({} if below is None else below, f"{where}.{value}") for value, below in values.items())
+    return Choice(tuple(values), branches)
+
+
+def _parse_range(entry: Mapping[str, Any], where: str) -> Range:
+    for name in ("low", "high", "step"):
+        value = entry.get(name)
+        if value is None and name == "step":
+            continue
+        if name not in entry:
+            raise InputError(f"{where}.{name}: missing; a range has both ends")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            hint = " (YAML reads 1e-3 as text: write 1.0e-3)" if isinstance(value, str) else ""
+            raise InputError(f"{where}.{name}: expected a number{hint}, got {value!r}")
+    low, high, log, step = entry["low"], entry["high"], entry.get("log", False), entry.get("step")
+    if not isinstance(log, bool):
+        raise InputError(f"{where}.log: expected true or false, got {log!r}")
+    if low >= high:
+        raise InputError(f"{where}: empty range; expected low below high, got {low!r} and {high!r}")
+    if log and low <= 0:
+        raise InputError(f"{where}.low: expected more than 0 with log: true, got {low!r}")
+    if step is not None and (step <= 0 or log):
+        wrong = f"expected more than 0, got {step!r}" if step <= 0 else "goes not with log: true; leave one of them out"
+        raise InputError(f"{where}.step: {wrong}")
+    if not isinstance(low, int) or not isinstance(high, int):
+        low, high = float(low), float(high)
+    return Range(low, high, log, step)
+
+
+def _check_once(space: SearchSpace, where: str) -> None:
+    """``InputError`` if a key could be set twice at once: beside a choice, and outside of it or beside another one."""
+    claimed: set[str] = set()
+    for key, domain in space.entries:
+        here = {key, *(space._below(domain) if isinstance(domain, Choice) else ())}
+        if claimed & here or (isinstance(domain, Choice) and key in space._below(domain)):
+            twice = sorted(claimed & here or {key})
+            raise InputError(f"{where}: {', '.join(twice)} would be set twice at once; leave one of them")
+        claimed |= here
+
+
+def _text(value: Any, where: str = "") -> str:
+    """A value's identity: 1, 1.0 and true differ, and what came back from JSON is the same."""
+    try:
+        return json.dumps(value)
+    except TypeError:
+        raise InputError(f"{where}: expected text, numbers, true, false or null, got {value!r}") from None
+
+
+def _plain(space: SearchSpace) -> list[Any]:
+    """``space`` as JSON."""
+    return [
+        [key, [[value, _plain(branch)] for value, branch in zip(domain.values, domain.branches, strict=True)]]
+        if isinstance(domain, Choice)
+        else [key, domain.low, domain.high, domain.log, domain.step]
+        for key, domain in space.entries
+    ]

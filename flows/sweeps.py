@@ -1,0 +1,149 @@
+"""The section `tune` of a configuration: what a sweep tries, and the configuration of each trial."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from csm.errors import InputError
+from csm.metrics import METRICS
+from csm.parameters import check_name
+from csm.posthoc import POSTHOC
+from csm.search.space import SearchSpace, parse_space
+from csm.search.study import check_search
+from flows.methods import teacher_training
+
+if TYPE_CHECKING:  # a Config has a TuneConfig
+    from flows.config import Config
+
+STRICT = ConfigDict(extra="forbid")
+EPOCH_METRICS = ("nll", "accuracy", "ece")  # what a training measures on validation after each epoch
+BASELINE = "cross-entropy"
+TRIED = ("method", "data", "generator", "plan", "mix", "annotate", "train")  # sections whose settings change a classifier
+FIXED = ("train.compare", "train.loss", "train.methods", "train.seeds")  # a trial trains one method, with tune.seeds seeds
+SELECTORS = ("loss", "kind", "network", "head")  # what `parameters` beside them are of
+
+
+@dataclass(frozen=True, config=STRICT)
+class SchedulerConfig:
+    """Which trials may train on.
+
+    Attributes:
+        kind: all of them ("none"); the better ones at each rung ("asha"); or all, the worse ones going on from the weights of better
+            ones with settings near theirs ("pbt").
+        metric: on validation, after each epoch; None: the first of ``tune.objectives`` if a training measures it, else nll.
+        grace: epochs that every trial gets.
+        reduction: one in so many trials goes on at a rung of asha; the next rung has so many times the epochs.
+        interval: epochs between two exchanges of pbt.
+    """
+
+    kind: Literal["none", "asha", "pbt"] = "none"
+    metric: Literal["nll", "accuracy", "ece"] | None = None
+    grace: int = Field(default=10, ge=1)
+    reduction: int = Field(default=3, ge=2)
+    interval: int = Field(default=10, ge=1)
+
+
+@dataclass(frozen=True, config=STRICT)
+class TuneConfig:
+    """A sweep: trials, each of them one configuration trained with ``seeds`` seeds.
+
+    Attributes:
+        method: of ``train.methods``, whose settings are the keys ``method.X`` of the space.
+        space: dotted key -> what it may be, see ``csm.search.space.parse_space``.
+        trials: how many; fewer if the space has no more configurations.
+        search: of ``csm.search.study.SEARCHES``.
+        objectives: metrics on the validation split, means over the seeds; the first one ranks.
+        posthoc: after what they are measured: "none" or a method of ``csm.posthoc.POSTHOC``.
+        seeds: 0..seeds-1, of every trial.
+        seed: of the search.
+        concurrent: trials at a time; 0: as many as fit.
+        scheduler: which of them may train on.
+    """
+
+    method: str = "csm"
+    space: dict[str, Any] = Field(default_factory=dict)
+    trials: int = Field(default=20, ge=1)
+    search: Literal["random", "grid", "tpe"] = "tpe"
+    objectives: tuple[str, ...] = ("nll",)
+    posthoc: str = "none"
+    seeds: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0)
+    concurrent: int = Field(default=0, ge=0)
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+
+    @property
+    def scheduler_metric(self) -> str:
+        """What the scheduler looks at."""
+        return self.scheduler.metric or (self.objectives[0] if self.objectives[0] in EPOCH_METRICS else "nll")
+
+    @property
+    def search_space(self) -> SearchSpace:
+        return parse_space(self.space)
+
+
+def check_tune(config: "Config") -> None:
+    """``InputError`` names what of the section cannot be used; each choice and each end of a range is tried on the whole configuration."""
+    tune = config.tune
+    check_name("tune.method", tune.method, config.train.methods)
+    if not tune.objectives:
+        raise InputError("tune.objectives: empty; name what is to be good, for example [nll]")
+    for name in tune.objectives:
+        check_name("tune.objectives", name, METRICS)
+        if tune.objectives.count(name) > 1:
+            raise InputError(f"tune.objectives: {name!r} is named more than once")
+    check_name("tune.posthoc", tune.posthoc, ("none", *POSTHOC))
+    space = tune.search_space
+    check_search(space, tune.search)
+    for key in space.keys:
+        section, name = key.partition(".")[0], ".".join(key.split(".")[:2])
+        if section not in TRIED or name in FIXED:
+            why = f"a trial cannot have {name} of its own" if name in FIXED else f"it starts with none of {', '.join(TRIED)}"
+            raise InputError(f"tune.space.{key}: cannot be tried; {why}")
+    for key, assignment in space.corners():
+        try:
+            trial_config(config, assignment)
+        except InputError as error:
+            raise InputError(f"tune.space.{key}: {error}") from None
+
+
+def trial_config(config: "Config", values: Mapping[str, Any]) -> "Config":
+    """The whole configuration of a trial that tries ``values``: one method, ``tune.seeds`` seeds, and the teacher of ``config``.
+
+    Raises:
+        InputError: the values do not fit together, or the rest of the configuration.
+    """
+    method = values.get("method", config.tune.method)
+    return _with(config, values, {"train.compare": [method], "train.seeds": config.tune.seeds})
+
+
+def best_config(config: "Config", values: Mapping[str, Any]) -> "Config":
+    """``trial_config`` to be run again: with the seeds of ``config``, beside the baseline if there is one."""
+    method = values.get("method", config.tune.method)
+    compare = [BASELINE] if BASELINE in config.train.methods and method != BASELINE else []
+    tried = ", ".join(f"{key} {value}" for key, value in values.items())
+    description = f"Best of csm tune on {config.name}: {tried}" if tried else f"From csm tune on {config.name}"
+    return _with(config, values, {"train.compare": [*compare, method], "description": description})
+
+
+def _with(config: "Config", values: Mapping[str, Any], more: Mapping[str, Any]) -> "Config":
+    """``config`` with ``values``, whose keys ``method.X`` are those of the tried method, and ``more``."""
+    method = values.get("method", config.tune.method)
+    check_name("tune.method", method, config.train.methods)
+    settings = {
+        f"train.methods.{method}.{key.removeprefix('method.')}" if key.startswith("method.") else key: value
+        for key, value in values.items()
+        if key != "method"
+    }
+    teacher = teacher_training(config.train, config.annotate)
+    pinned = {"network": teacher.network, "parameters": teacher.parameters, "optimizer": asdict(teacher.optimizer)}
+    others = {
+        f"{section}.parameters": None  # of what was there before
+        for section, _, name in (key.rpartition(".") for key in settings)
+        if name in SELECTORS and config.value(f"{section}.{name}") != settings[f"{section}.{name}"]
+        and config.value(f"{section}.parameters")
+    }  # fmt: skip
+    first = {**{f"annotate.teacher.{key}": value for key, value in pinned.items()}, **others}
+    return config.with_values(first, {**settings, **more, "train.loss": None})
