@@ -20,6 +20,7 @@ class MixedTerm:
         weight: of the term, at its highest.
         schedule: which mixed images, name in ``csm.schedules.SCHEDULES``.
         per_real: mixed images for each real one.
+        sets: of each pair only its first so many sets are drawn from, as if the plan had no more; None: all of them.
         temperature: the soft labels q become q^(1/T), normalised: above 1 they soften, below 1 they sharpen.
         ramp: share of the weight over training: up and down are from 0 to 1 and back, ``cyclic`` a raised cosine that starts at 0.
         ramp_epochs: length of a ramp, after which its last value stays, or of a cycle; None: the whole training.
@@ -32,6 +33,7 @@ class MixedTerm:
     weight: float = Field(default=1.0, ge=0)
     schedule: str = "pair"
     per_real: int = Field(default=2, ge=1)
+    sets: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     ramp: Ramp = "constant"
     ramp_epochs: int | None = Field(default=None, ge=1)

@@ -63,6 +63,36 @@ class MixedSet:
             ratios=torch.from_numpy(table["lam"].head(steps).to_numpy().copy()),
         )
 
+    def first(self, sets: int | None) -> "MixedSet":
+        """The first ``sets`` sets of each pair, as a plan of no more would give them; None: all.
+
+        Raises:
+            InputError: a pair has fewer.
+        """
+        if sets is None:
+            return self
+        pairs = torch.stack([self.class_a, self.class_b], dim=1)  # (S, 2)
+        _, pair, sizes = pairs.unique(dim=0, return_inverse=True, return_counts=True)
+        if sizes.min() < sets:
+            raise InputError(
+                f"mixed.sets: a pair has only {int(sizes.min())} sets of mixed images, not {sets}: ask for no more, or plan more "
+                "(plan.sets_per_pair)"
+            )
+        order = pair.argsort(stable=True)  # sets, pair by pair
+        place = torch.empty_like(order)  # of a set among those of its pair
+        place[order] = torch.arange(len(order)) - (sizes.cumsum(dim=0) - sizes)[pair[order]]
+        kept = place < sets
+        rows = self.rows[kept]
+        images = rows.flatten()
+        return MixedSet(
+            images=self.images[images],
+            labels=self.labels[images],
+            rows=torch.arange(rows.numel()).view_as(rows),
+            class_a=self.class_a[kept],
+            class_b=self.class_b[kept],
+            ratios=self.ratios,
+        )
+
 
 class Schedule:
     """Draws mixed images for real ones; holds the index of sets by class, which is built once.

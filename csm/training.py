@@ -78,7 +78,7 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite; on every rank.
-        InputError: the state is of another network, or the batch cannot be shared evenly.
+        InputError: the state is of another network, the batch cannot be shared evenly, or there are fewer mixed sets than asked for.
         ValueError: ``method.mixed`` and ``mixed`` do not come together.
     """
     if (method.mixed is None) != (mixed is None):
@@ -94,6 +94,7 @@ def fit(
     kept = average or classifier
     adapt = build_optimizer(classifier, optimizer)
     if method.mixed and mixed:
+        mixed = mixed.first(method.mixed.sets)
         mixed = replace(mixed, labels=soften(mixed.labels, method.mixed.temperature))
     if isinstance(real, tuple):
         rows = len(real[0])

@@ -24,11 +24,13 @@ from csm.planning import PlanConfig, ratio_grid
 from csm.posthoc import POSTHOC
 from csm.precision import Precision
 from csm.sampling import SamplerConfig
+from csm.search.sections import merge_spaces
 from flows.annotators import AnnotateConfig, check_annotators, check_asked, check_folder_name
 from flows.methods import TrainConfig, check_teacher, check_train
 from flows.sweeps import TuneConfig, check_tune
 
 STRICT = ConfigDict(extra="forbid")
+SPACE = "space"  # of the section tune: its keys are dotted keys of the configuration
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -121,6 +123,8 @@ class Config:
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """Return configuration ``name``, laid over ``default.yaml``, with ``overrides`` of the form ``dotted.key=value`` (YAML values).
 
+    A ``tune.space`` of the configuration replaces the default's whole; overrides change, add or (null) remove keys of it.
+
     Args:
         name: of a bundled configuration, or a path that ends in .yaml or .yml.
 
@@ -129,7 +133,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """
     given = _read(name)
     given.setdefault("name", Path(name).stem)
-    values = _merge(_read_bundled("default"), given)
+    values = _merge(_without_space(_read_bundled("default"), given), given)
     for override in overrides:
         values = _merge(values, _parse_override(override))
     config = _validate(_without_null(values))
@@ -208,6 +212,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         if value is None:
             merged.pop(key, None)
+        elif key == SPACE and isinstance(value, Mapping):
+            merged[key] = merge_spaces(below or {}, value)
         elif isinstance(below, Mapping) and isinstance(value, Mapping) and not _other_source(key, below, value):
             merged[key] = _merge(below, value)
         else:
@@ -215,10 +221,16 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _without_space(default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``default`` without its search space if ``given`` has one."""
+    tune = given.get("tune")
+    return _merge(default, {"tune": {SPACE: None}}) if isinstance(tune, Mapping) and SPACE in tune else dict(default)
+
+
 def _without_null(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` without the keys that are null because there was nothing below them to remove."""
+    """``values`` without the keys that are null because there was nothing below them to remove; in a search space null is a choice."""
     kept = {key: value for key, value in values.items() if value is not None}
-    return {key: _without_null(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+    return {key: _without_null(value) if isinstance(value, Mapping) and key != SPACE else value for key, value in kept.items()}
 
 
 def _without_defaults(default: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,7 +238,7 @@ def _without_defaults(default: Mapping[str, Any], values: Mapping[str, Any]) -> 
     over = {**values, **{key: None for key in default if key not in values}}
     for key, below in default.items():
         value = over[key]
-        if isinstance(below, Mapping) and isinstance(value, Mapping) and not _other_source(key, below, value):
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and key != SPACE and not _other_source(key, below, value):
             over[key] = _without_defaults(below, value)
     return over
 
@@ -261,10 +273,20 @@ def _check_names(config: Config) -> Config:
     for name in config.evaluate.posthoc:
         check_name("evaluate.posthoc", name, POSTHOC)
     train = check_train(config.train, annotate)
+    _check_sets(train, config.plan)
     annotate = check_teacher(train, annotate)
     shifts = {name: _check_shift(f"evaluate.shifts.{name}", name, shift) for name, shift in config.evaluate.shifts.items()}
     evaluate = replace(config.evaluate, shifts=shifts)
     return replace(config, data={"source": source, **data}, train=train, annotate=annotate, evaluate=evaluate)
+
+
+def _check_sets(train: TrainConfig, plan: PlanConfig) -> None:
+    for name, method in train.chosen.items():
+        sets = method.mixed.sets if method.mixed else None
+        if sets is not None and sets > plan.sets_per_pair:
+            raise InputError(
+                f"train.methods.{name}.mixed.sets: expected no more than the {plan.sets_per_pair} of plan.sets_per_pair, got {sets}"
+            )
 
 
 def _check_shift(where: str, name: str, shift: ShiftConfig) -> ShiftConfig:

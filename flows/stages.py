@@ -225,8 +225,8 @@ def _is_whole(path: Path) -> bool:
 
 
 def plain_settings(config: Config) -> dict[str, Any]:
-    """The whole configuration as plain values."""
-    return dict(plain(asdict(config)))
+    """The whole configuration as plain values, but for what only a sweep asks."""
+    return {key: value for key, value in plain(asdict(config)).items() if key != "tune"}
 
 
 def _wanted(context: Context, stage: Stage) -> StageRecord:

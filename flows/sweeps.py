@@ -22,7 +22,7 @@ STRICT = ConfigDict(extra="forbid")
 EPOCH_METRICS = ("nll", "accuracy", "ece")  # what a training measures on validation after each epoch
 BASELINE = "cross-entropy"
 TRIED = ("method", "data", "generator", "plan", "mix", "annotate", "train")  # sections whose settings change a classifier
-FIXED = ("train.compare", "train.loss", "train.methods", "train.seeds")  # a trial trains one method, with tune.seeds seeds
+FIXED = ("train.compare", "train.loss", "train.seeds")  # a trial trains one method, with tune.seeds seeds
 SELECTORS = ("loss", "kind", "network", "head")  # what `parameters` beside them are of
 
 
@@ -94,19 +94,32 @@ def check_tune(config: "Config") -> None:
         check_name("tune.objectives", name, METRICS)
         if tune.objectives.count(name) > 1:
             raise InputError(f"tune.objectives: {name!r} is named more than once")
-    check_name("tune.posthoc", tune.posthoc, ("none", *POSTHOC))
+    check_name("tune.posthoc", tune.posthoc, POSTHOC)
     space = tune.search_space
     check_search(space, tune.search)
     for key in space.keys:
-        section, name = key.partition(".")[0], ".".join(key.split(".")[:2])
-        if section not in TRIED or name in FIXED:
-            why = f"a trial cannot have {name} of its own" if name in FIXED else f"it starts with none of {', '.join(TRIED)}"
-            raise InputError(f"tune.space.{key}: cannot be tried; {why}")
-    for key, assignment in space.corners():
+        _check_key(key)
+    for key, values in space.corners():
         try:
-            trial_config(config, assignment)
+            trial_config(config, values)
         except InputError as error:
-            raise InputError(f"tune.space.{key}: {error}") from None
+            # The rest of a corner may be what is wrong: the message knows.
+            names = {_key(config, values, name): name for name in values if name != "method"}
+            wrong = next((name for name in names if str(error).startswith(name)), None)
+            message = f"{key}: {error}" if wrong is None else f"{names[wrong]}{str(error).removeprefix(wrong)}"
+            raise InputError(f"tune.space.{message}") from None
+
+
+def _check_key(key: str) -> None:
+    """``InputError`` if no trial can have ``key`` of its own."""
+    where, section = f"tune.space.{key}", ".".join(key.split(".")[:2])
+    if section == "train.methods":
+        setting = key.split(".", 3)[-1]
+        raise InputError(f"{where}: a trial has one method, whose settings are method.X: write method.{setting}")
+    if section in FIXED:
+        raise InputError(f"{where}: a trial cannot have {section} of its own; leave it out")
+    if key.partition(".")[0] not in TRIED:
+        raise InputError(f"{where}: cannot be tried; expected a key that starts with one of {', '.join(TRIED)}")
 
 
 def trial_config(config: "Config", values: Mapping[str, Any]) -> "Config":
@@ -115,13 +128,12 @@ def trial_config(config: "Config", values: Mapping[str, Any]) -> "Config":
     Raises:
         InputError: the values do not fit together, or the rest of the configuration.
     """
-    method = values.get("method", config.tune.method)
-    return _with(config, values, {"train.compare": [method], "train.seeds": config.tune.seeds})
+    return _with(config, values, {"train.compare": [_method(config, values)], "train.seeds": config.tune.seeds})
 
 
 def best_config(config: "Config", values: Mapping[str, Any]) -> "Config":
     """``trial_config`` to be run again: with the seeds of ``config``, beside the baseline if there is one."""
-    method = values.get("method", config.tune.method)
+    method = _method(config, values)
     compare = [BASELINE] if BASELINE in config.train.methods and method != BASELINE else []
     tried = ", ".join(f"{key} {value}" for key, value in values.items())
     description = f"Best of csm tune on {config.name}: {tried}" if tried else f"From csm tune on {config.name}"
@@ -130,20 +142,24 @@ def best_config(config: "Config", values: Mapping[str, Any]) -> "Config":
 
 def _with(config: "Config", values: Mapping[str, Any], more: Mapping[str, Any]) -> "Config":
     """``config`` with ``values``, whose keys ``method.X`` are those of the tried method, and ``more``."""
-    method = values.get("method", config.tune.method)
-    check_name("tune.method", method, config.train.methods)
-    settings = {
-        f"train.methods.{method}.{key.removeprefix('method.')}" if key.startswith("method.") else key: value
-        for key, value in values.items()
-        if key != "method"
-    }
+    check_name("tune.method", _method(config, values), config.train.methods)
+    settings = {_key(config, values, name): value for name, value in values.items() if name != "method"}
     teacher = teacher_training(config.train, config.annotate)
     pinned = {"network": teacher.network, "parameters": teacher.parameters, "optimizer": asdict(teacher.optimizer)}
-    others = {
-        f"{section}.parameters": None  # of what was there before
-        for section, _, name in (key.rpartition(".") for key in settings)
-        if name in SELECTORS and config.value(f"{section}.{name}") != settings[f"{section}.{name}"]
-        and config.value(f"{section}.parameters")
-    }  # fmt: skip
-    first = {**{f"annotate.teacher.{key}": value for key, value in pinned.items()}, **others}
-    return config.with_values(first, {**settings, **more, "train.loss": None})
+    before = {f"annotate.teacher.{name}": value for name, value in pinned.items()}
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        if name in SELECTORS and value != config.value(key):
+            before[f"{section}.parameters"] = None  # they were of what is replaced
+    return config.with_values(before, {**settings, **more, "train.loss": None})
+
+
+def _method(config: "Config", values: Mapping[str, Any]) -> str:
+    """The method that is tried."""
+    method: str = values.get("method", config.tune.method)
+    return method
+
+
+def _key(config: "Config", values: Mapping[str, Any], name: str) -> str:
+    """The dotted key of the configuration that ``name`` stands for."""
+    return f"train.methods.{_method(config, values)}.{name.removeprefix('method.')}" if name.startswith("method.") else name

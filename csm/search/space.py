@@ -1,115 +1,34 @@
 """Search spaces: what each setting may be, and settings that exist only beside a choice."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from csm import storage
 from csm.errors import InputError
+from csm.search.domains import Choice, Domain, Range, identity
+from csm.search.sections import ENTRY, dotted
 
 if TYPE_CHECKING:  # a configuration is checked without importing optuna, which only a sweep needs
     from optuna import Trial
-    from optuna.distributions import BaseDistribution
 
 FORMS = "a list of choices, {values: ...}, or {low: ..., high: ..., log: ..., step: ...}"
-ENTRY = ("values", "low", "high", "log", "step")  # a section with one of these keys says what a setting may be
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of ``values``; ``branches`` are the spaces of the settings that exist only beside each of them."""
-
-    values: tuple[Any, ...]
-    branches: tuple["SearchSpace", ...]
-
-    @property
-    def size(self) -> int | None:
-        """Number of configurations; None without end."""
-        sizes = [branch.size for branch in self.branches]
-        return None if None in sizes else sum(size for size in sizes if size is not None)
-
-    @property
-    def distribution(self) -> "BaseDistribution":
-        """Of the index: optuna cannot tell 1 from True, and keeps no lists."""
-        from optuna.distributions import CategoricalDistribution
-
-        return CategoricalDistribution(range(len(self.values)))
-
-    def suggest(self, trial: "Trial", name: str) -> Any:
-        return self.values[trial.suggest_categorical(name, range(len(self.values)))]
-
-    def encode(self, value: Any) -> int:
-        """The index of ``value``."""
-        texts = [_text(known) for known in self.values]
-        if _text(value) not in texts:
-            raise ValueError(f"expected one of {list(self.values)}, got {value!r}")
-        return texts.index(_text(value))
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from ``low`` to ``high``, both of them included: whole ones if both are whole, every ``step``-th if that is given."""
-
-    low: int | float
-    high: int | float
-    log: bool = False
-    step: int | float | None = None
-
-    @property
-    def size(self) -> int | None:
-        """Number of values; None for real numbers."""
-        if self.step is not None:
-            return int((Decimal(str(self.high)) - Decimal(str(self.low))) / Decimal(str(self.step))) + 1
-        return self.high - self.low + 1 if isinstance(self.low, int) and isinstance(self.high, int) else None
-
-    @property
-    def distribution(self) -> "BaseDistribution":
-        """Of the value, or of its place among those that ``step`` leaves, for sums of steps in binary are not what was written."""
-        from optuna.distributions import FloatDistribution, IntDistribution
-
-        if self.step is not None:
-            assert self.size is not None
-            return IntDistribution(0, self.size - 1)
-        if self.size is None:
-            return FloatDistribution(self.low, self.high, log=self.log)
-        return IntDistribution(int(self.low), int(self.high), log=self.log)
-
-    def suggest(self, trial: "Trial", name: str) -> int | float:
-        if self.step is not None:
-            assert self.size is not None
-            return self.at(trial.suggest_int(name, 0, self.size - 1))
-        if self.size is None:
-            return trial.suggest_float(name, self.low, self.high, log=self.log)
-        return trial.suggest_int(name, int(self.low), int(self.high), log=self.log)
-
-    def at(self, place: int) -> int | float:
-        """The value at ``place``, from 0, of a range that can be counted."""
-        value = Decimal(str(self.low)) + place * Decimal(str(self.step or 1))
-        return int(value) if isinstance(self.low, int) and not isinstance(self.step, float) else float(value)
-
-    def encode(self, value: Any) -> int | float:
-        """What ``distribution`` is of, for ``value``."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not self.low <= value <= self.high:
-            raise ValueError(f"expected a number from {self.low:g} to {self.high:g}, got {value!r}")
-        if self.step is None:
-            return value if self.size is None else int(value)
-        return round(float((Decimal(str(value)) - Decimal(str(self.low))) / Decimal(str(self.step))))
-
-
-Domain: TypeAlias = Choice | Range
 
 
 class Setting(NamedTuple):
-    """A setting of one assignment. ``name`` is unique in the space: the dotted key, behind the choices that it exists beside."""
+    """A setting of one assignment; ``before`` is the choices that it exists beside, a text that is empty or ends with a space."""
 
-    name: str
+    before: str
     key: str
     domain: Domain
     value: Any
+
+    @property
+    def name(self) -> str:
+        """Unique in the space."""
+        return self.before + self.key
 
 
 @dataclass(frozen=True)
@@ -151,7 +70,7 @@ class SearchSpace:
         for domain in domains:
             if isinstance(domain, Range):
                 return None
-            values |= {_text(value): value for value in domain.values}
+            values |= {identity(value): value for value in domain.values}
         return tuple(values.values())
 
     def sample(self, trial: "Trial") -> dict[str, Any]:
@@ -224,10 +143,10 @@ class SearchSpace:
         """The settings that ``decide(name, key, domain)`` chooses, each choice before what exists only beside it."""
         for key, domain in self.entries:
             value = decide(before + key, key, domain)
-            yield Setting(before + key, key, domain, value)
+            yield Setting(before, key, domain, value)
             if isinstance(domain, Choice):
                 branch = domain.branches[domain.encode(value)]
-                yield from branch._walk(decide, f"{before}{key}={_text(value)} ")
+                yield from branch._walk(decide, f"{before}{key}={identity(value)} ")
 
     def _domains(self) -> Iterator[tuple[str, Domain]]:
         for key, domain in self.entries:
@@ -257,23 +176,6 @@ def parse_space(value: Any, where: str = "tune.space") -> SearchSpace:
     return space
 
 
-def dotted(value: Any, where: str = "tune.space") -> dict[str, Any]:
-    """Dotted key -> what the setting may be (or whatever else stands there), from sections within sections."""
-    if not isinstance(value, Mapping):
-        raise InputError(f"{where}: expected a section with keys, got {value!r}")
-    found: dict[str, Any] = {}
-    for key, entry in value.items():
-        if not isinstance(key, str) or not all(key.split(".")):
-            raise InputError(f"{where}: expected dotted keys, got {key!r}")
-        section = isinstance(entry, Mapping) and entry and not any(word in entry for word in ENTRY)
-        below = {f"{key}.{name}": item for name, item in dotted(entry, f"{where}.{key}").items()} if section else {key: entry}
-        for name, item in below.items():
-            if name in found:
-                raise InputError(f"{where}.{name}: stands there twice; leave one of them")
-            found[name] = item
-    return found
-
-
 def _parse_entry(entry: Any, where: str) -> Domain:
     if isinstance(entry, list):
         return _parse_choice(entry, where)
@@ -289,7 +191,10 @@ def _parse_choice(values: Any, where: str) -> Choice:
         )
     if not values:
         raise InputError(f"{where}: empty; name what may be chosen")
-    texts = [_text(value, where) for value in values]
+    try:
+        texts = [identity(value) for value in values]
+    except TypeError:
+        raise InputError(f"{where}: expected texts, numbers, true, false or null, got {list(values)!r}") from None
     for value, text in zip(values, texts, strict=True):
         if texts.count(text) > 1:
             raise InputError(f"{where}: {value!r} stands there more than once")
@@ -333,14 +238,6 @@ def _check_once(space: SearchSpace, where: str) -> None:
             twice = sorted(claimed & here or {key})
             raise InputError(f"{where}: {', '.join(twice)} would be set twice at once; leave one of them")
         claimed |= here
-
-
-def _text(value: Any, where: str = "") -> str:
-    """A value's identity: 1, 1.0 and true differ, and what came back from JSON is the same."""
-    try:
-        return json.dumps(value)
-    except TypeError:
-        raise InputError(f"{where}: expected text, numbers, true, false or null, got {value!r}") from None
 
 
 def _plain(space: SearchSpace) -> list[Any]:
