@@ -8,6 +8,7 @@ from csm import storage
 from csm.datasets import RealDataset
 from csm.methods import Method
 from csm.runs import RunSpec
+from flows.annotators import TeacherConfig
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.folders import absolute_folders
@@ -59,7 +60,8 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _check(context: Context) -> None:
     train, annotate = context.config.train, context.config.annotate
-    check_training(context, teacher_training(train, annotate), "annotate.teacher" if annotate.teacher.optimizer else "train")
+    where = "train" if annotate.teacher == TeacherConfig() else "annotate.teacher"
+    check_training(context, teacher_training(train, annotate), where)
 
 
 STAGE = Stage(

@@ -29,7 +29,7 @@ def check_training(context: Context, train: TrainConfig, where: str) -> None:
     """
     workspace = context.workspace
     shape = RealDataset.load_info(workspace.root).shape if workspace.dataset.is_file() else None
-    check_network(train.network, train.parameters, shape)
+    check_network(train.network, train.parameters, shape, where)
     for key in ("shift", "cutout"):
         pixels = getattr(train.optimizer, key)
         if shape is not None and pixels >= min(shape[:2]):

@@ -36,13 +36,16 @@ def build_classifier(spec: ClassifierSpec) -> Classifier:
     return Classifier(network, network.complete(spec) if isinstance(network, TransformersClassifier) else spec)
 
 
-def check_network(network: str, parameters: Mapping[str, Any], shape: tuple[int, int, int] | None = None) -> None:
+def check_network(
+    network: str, parameters: Mapping[str, Any], shape: tuple[int, int, int] | None = None, where: str = "train"
+) -> None:
     """Look at what a configuration asks for, before hours of other work; no weights are made or read.
 
     Args:
         network: a key of ``NETWORKS``.
         parameters: its settings, of the right types.
         shape: (height, width, channels) of the images, if they are known.
+        where: the section of the configuration, for the message.
 
     Raises:
         InputError: the network does not take such settings or such images, or the files that it is read from are not there.
@@ -55,7 +58,7 @@ def check_network(network: str, parameters: Mapping[str, Any], shape: tuple[int,
             with torch.device("meta"):
                 NETWORKS[network](channels, 2, **parameters).eval()(torch.empty(1, channels, height, width))
     except InputError as error:
-        raise InputError(f"train.network {network}: {error}") from None
+        raise InputError(f"{where}.network {network}: {error}") from None
 
 
 def load_classifier(directory: Path) -> Classifier:

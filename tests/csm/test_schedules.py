@@ -94,6 +94,37 @@ def test_images_of_another_size_are_refused() -> None:
         MixedSet.join(*make_tables(), (1, 3, 1))
 
 
+@pytest.mark.parametrize("sets", [1, 2, 5])
+@pytest.mark.parametrize("pairs", ["all", ((0, 1), (2, 3), (0, 3))])
+def test_the_first_sets_of_each_pair_are_those_of_a_smaller_plan(sets: int, pairs: object) -> None:
+    first, smaller = mixed_set(sets=5, pairs=pairs).first(sets), mixed_set(sets=sets, pairs=pairs)
+    for name in ("images", "labels", "rows", "class_a", "class_b", "ratios"):
+        assert torch.equal(getattr(first, name), getattr(smaller, name))
+    assert_joined(first, sets * (6 if pairs == "all" else 3), 4)
+
+
+def test_the_first_sets_whatever_their_order() -> None:
+    """A plan of pairs that came one after the other, not group by group."""
+    mixed = mixed_set(sets=3)
+    order = torch.randperm(len(mixed.rows), generator=draw(1))
+    shuffled = replace(mixed, rows=mixed.rows[order], class_a=mixed.class_a[order], class_b=mixed.class_b[order])
+    first = shuffled.first(2)
+    expected, seen = [], {}
+    for row in shuffled.rows:
+        pair = identity(mixed, int(row[0]))[:2]
+        seen[pair] = seen.get(pair, 0) + 1
+        if seen[pair] <= 2:
+            expected.append([identity(mixed, int(image)) for image in row])
+    assert [[identity(first, int(image)) for image in row] for row in first.rows] == expected
+
+
+def test_all_sets_are_the_same_object_and_more_are_refused() -> None:
+    mixed = mixed_set(sets=3)
+    assert mixed.first(None) is mixed
+    with pytest.raises(InputError, match=r"mixed.sets: a pair has only 3 sets of mixed images, not 4: .* \(plan.sets_per_pair\)"):
+        mixed.first(4)
+
+
 @pytest.mark.parametrize(("per_real", "ratios"), [(1, 4), (2, 4), (5, 3), (2, 8), (1, 2), (2, 2), (4, 2)])
 def test_pair_gives_the_classes_own_endpoint_and_interior_images_of_one_set(per_real: int, ratios: int) -> None:
     mixed = mixed_set(ratios=ratios)

@@ -77,6 +77,26 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_of_fewer_sets_it_learns_what_it_would_from_a_smaller_plan(real: Split, val: Split, mixed: MixedSet) -> None:
+    few = replace(
+        mixed,
+        rows=mixed.rows[:3],
+        class_a=mixed.class_a[:3],
+        class_b=mixed.class_b[:3],
+        images=mixed.images[:12],
+        labels=mixed.labels[:12],
+    )
+    trained = []
+    for sets, source in ((1, mixed), (None, few), (2, mixed), (None, mixed)):
+        method = Method(mixed=replace(MIXED_TERM, sets=sets, schedule="uniform"))
+        trained.append(weights(fit(classifier(), real, val, method, OPTIMIZER, 0, mixed=source)))
+    assert same(trained[0], trained[1])
+    assert same(trained[2], trained[3])
+    assert not same(trained[0], trained[2])
+    with pytest.raises(InputError, match="only 2 sets"):
+        fit(classifier(), real, val, Method(mixed=replace(MIXED_TERM, sets=3)), OPTIMIZER, 0, mixed=mixed)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_training_is_a_function_of_its_seed(name: str, real: Split, val: Split, mixed: MixedSet) -> None:
     method = METHODS[name]

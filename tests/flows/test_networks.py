@@ -71,3 +71,60 @@ def test_the_size_of_the_images_is_asked_once_it_is_known(tmp_path: Path) -> Non
     ):
         check_train(asked)
     check_train(context(tmp_path, "train.network=densenet121"))
+
+
+TEACHER = (
+    "annotate.teacher.network=resnet18",
+    "annotate.teacher.parameters={stem: cifar}",
+    "annotate.teacher.optimizer={epochs: 5}",
+)
+
+
+def test_a_teacher_of_its_own_settings_stays_while_train_changes() -> None:
+    changes = ("train.optimizer.learning_rate=0.3", "train.network=resnet18", "train.parameters.stem=tiny")
+    plain, changed = (fit_teacher.STAGE.settings(load_config("demo", overrides)) for overrides in ((), changes))
+    assert plain != changed
+    own, still = (fit_teacher.STAGE.settings(load_config("demo", overrides)) for overrides in (TEACHER, (*TEACHER, *changes)))
+    assert own == still
+    assert own["train"]["network"] == "resnet18"
+    assert own["train"]["parameters"] == {"stem": "cifar"}
+    assert own["train"]["optimizer"]["epochs"] == 5
+    assert train.STAGE.settings(load_config("demo", TEACHER)) == train.STAGE.settings(load_config("demo"))
+
+
+def test_a_teacher_that_says_what_train_says_is_the_same_teacher() -> None:
+    said = ("annotate.teacher.network=small-cnn", "annotate.teacher.optimizer={epochs: 60}")
+    assert fit_teacher.STAGE.settings(load_config("demo", said)) == fit_teacher.STAGE.settings(load_config("demo"))
+
+
+def test_parameters_of_the_teachers_network_are_trains_for_the_same_network_only() -> None:
+    wide = ("train.parameters.width=8",)
+    assert fit_teacher.STAGE.settings(load_config("demo", wide))["train"]["parameters"] == {"width": 8}
+    other = load_config("demo", (*wide, "annotate.teacher.network=resnet18"))
+    assert fit_teacher.STAGE.settings(other)["train"]["parameters"] == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("network=nope", "annotate.teacher.network: unknown 'nope'; one of small-cnn"),
+        ("parameters.nope=1", "annotate.teacher.parameters.nope: no such setting; allowed: width"),
+        ("parameters.width=much", "annotate.teacher.parameters.width: expected a whole number, got 'much'"),
+        ("optimizer.nope=1", "annotate.teacher.optimizer.nope: no such setting; allowed: kind, epochs"),
+        ("optimizer.warmup=60", "annotate.teacher.optimizer.warmup: expected fewer than the 60 epochs of the training, got 60"),
+        (
+            "optimizer={schedule: multi-step}",
+            "annotate.teacher.optimizer.milestones: missing; schedule multi-step needs the epochs",
+        ),
+        ("nope=1", "annotate.teacher.nope: no such setting; allowed: network, parameters, optimizer"),
+    ],
+)
+def test_a_teacher_that_cannot_be_is_refused(override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config("demo", [f"annotate.teacher.{override}"])
+    assert str(caught.value).startswith(message)
+
+
+def test_a_teachers_network_that_cannot_be_built_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^annotate\.teacher\.network resnet18: stem: unknown 'x'"):
+        fit_teacher.STAGE.check(context(tmp_path, "annotate.teacher.network=resnet18", "annotate.teacher.parameters.stem=x"))
