@@ -1,5 +1,6 @@
 """Which configuration to try next, from those that were tried."""
 
+import itertools
 import logging
 import math
 import warnings
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 SEARCHES = ("random", "grid", "tpe")
 LARGEST_GRID = 1_000_000  # configurations; their order is drawn as a whole
-ATTEMPTS = 100  # at a configuration that was not tried yet
+ATTEMPTS = 100  # of a sampler at a configuration that was not tried yet
 
 
 class Finished(NamedTuple):
@@ -36,8 +37,7 @@ class Study:
     """A sweep's memory of what was tried, which says what to try next.
 
     What is asked depends on the seed, the number of the trial and what was recorded until then, not on what else this process drew: a
-    process that replays the finished trials goes on as the one before would have. No configuration is asked twice as long as another is
-    found.
+    process that replays the finished trials goes on as the one before would have. No configuration is asked twice.
 
     Args:
         space: what may be tried.
@@ -97,30 +97,35 @@ class Study:
         return np.random.default_rng(self._seed).permutation(self._space.size)
 
     def _sample(self, number: int) -> dict[str, Any]:
-        """Draw until a configuration comes that was not tried; in a space without end the first one is that."""
+        """A configuration that was not tried: the sampler's, or, if it keeps to what it knows, any other one."""
+        import optuna
+
         tried = {storage.digest(assignment) for assignment in self._trials.values()}
-        for attempt in range(ATTEMPTS):
-            with quiet():
-                study = self._optuna(int(np.random.SeedSequence([self._seed, number, attempt]).generate_state(1)[0]))
-                assignment = self._space.sample(study.ask())
-            if storage.digest(assignment) not in tried:
-                break
+        seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
+        with quiet():
+            at_random = optuna.samplers.RandomSampler(seed=seed)
+            study = self._history(seed) if self._search == "tpe" else optuna.create_study(sampler=at_random)
+            for attempt in itertools.count():
+                trial = study.ask()
+                assignment = self._space.sample(trial)
+                if storage.digest(assignment) not in tried:
+                    break
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)  # which a sampler ignores
+                if attempt == ATTEMPTS:
+                    study.sampler = at_random
         return assignment
 
-    def _optuna(self, seed: int) -> "optuna.Study":
-        """An optuna study of the trials so far, whose sampler draws from ``seed``."""
+    def _history(self, seed: int) -> "optuna.Study":
+        """The trials so far as optuna's TPE sampler sees them; it draws from ``seed``."""
         import optuna
+        from optuna.study import StudyDirection
         from optuna.trial import TrialState, create_trial
 
-        sampler: optuna.samplers.BaseSampler
-        if self._search == "tpe":
-            sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
-        else:
-            sampler = optuna.samplers.RandomSampler(seed=seed)
-        direction = optuna.study.StudyDirection
-        directions = [direction.MAXIMIZE if METRICS[name].higher_is_better else direction.MINIMIZE for name in self._objectives]
+        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+        higher = [METRICS[name].higher_is_better for name in self._objectives]
+        directions = [StudyDirection.MAXIMIZE if better else StudyDirection.MINIMIZE for better in higher]
         study = optuna.create_study(sampler=sampler, directions=directions)
-        for number, assignment in sorted(self._trials.items()) if self._search == "tpe" else ():
+        for number, assignment in sorted(self._trials.items()):
             values = self._values.get(number)
             # One that failed counts as worse than any: where trainings diverge, more of them are no use.
             ended = TrialState.PRUNED if values is None else TrialState.COMPLETE

@@ -45,11 +45,14 @@ def run(study: Study, trials: int, tell=lambda assignment: [loss(assignment)]) -
 
 
 @pytest.mark.parametrize("search", SEARCHES)
-def test_a_finite_space_is_gone_through_once_and_then_ends(search: str) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_a_finite_space_is_gone_through_once_and_then_ends(search: str, together: bool) -> None:
     study = Study(FINITE, search, ["nll"], 3)
     asked = []
-    while (trial := study.ask()) is not None:  # none of them ended: as with all of them at a time
+    while (trial := study.ask()) is not None:
         asked.append(trial)
+        if not together:
+            study.tell(trial[0], [float(len(asked) > 12)])
     assert [number for number, _ in asked] == list(range(21))
     assert len({text(assignment) for _, assignment in asked}) == FINITE.size == 21
     study.tell(20, None)
@@ -105,6 +108,13 @@ def test_with_trials_at_a_time_a_restart_goes_on_too(search: str) -> None:
         again.resume(number, json.loads(json.dumps(asked[number])))
     for _ in range(3):
         assert again.ask() == study.ask()
+
+
+def test_what_is_best_and_known_is_not_tried_again() -> None:
+    """The good choice is one configuration, which TPE would take for ever; the others have no end."""
+    space = parse_space({"kind": {"values": {"good": {}, "bad": {"x": {"low": 0.0, "high": 1.0}}}}})
+    done = run(Study(space, "tpe", ["nll"], 0), 30, lambda a: [0.0 if a["kind"] == "good" else 1.0 + a["x"]])
+    assert len({text(assignment) for _, assignment, _ in done}) == 30
 
 
 def test_a_number_that_was_lost_is_asked_again_with_the_same_configuration() -> None:
