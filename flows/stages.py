@@ -88,11 +88,10 @@ class Context:
     def parent_key(self) -> str:
         return f"pipeline {storage.digest(plain_settings(self.config))}"
 
-    def child(self, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> str:
-        """Open the child run ``key`` of the parent run and return its key."""
+    def child(self, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any], parent: str | None = None) -> str:
+        """Open the child run ``key`` of the run under key ``parent`` (none: the parent run) and return its key."""
         tracker = self.tracker
-        parent = tracker.run_id(self.parent_key)
-        tracker.open_run(key, name, tags, params, parent)
+        tracker.open_run(key, name, tags, params, tracker.run_id(parent or self.parent_key))
         return key
 
     def connect(self) -> None:
