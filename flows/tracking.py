@@ -277,7 +277,10 @@ class Tracker:
                     if failure is None:
                         self._spool.pop()
                     else:
-                        self._say_once(str(failure), f"{failure}; this record is put aside in {self._spool.refused}")
+                        self._say_once(
+                            str(failure),
+                            f"{self._address} refused a record ({failure}); it is put aside in {self._spool.refused}",
+                        )
                         self._spool.refuse()
                     if not self._spool.waiting or time.monotonic() - saved > SAVE_SECONDS:
                         self._store.save()

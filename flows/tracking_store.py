@@ -115,7 +115,7 @@ class Store:
             with _answers(self.address):
                 self._check_model(name)
         except RefusedError as error:
-            raise InputError(str(error)) from None
+            raise InputError(f"{self.address}: {error}") from None
 
     def _actions(self) -> Mapping[str, Any]:
         return {
@@ -220,7 +220,7 @@ class Store:
                 return True
             raise
         if MADE_BY not in model.tags:
-            raise RefusedError(f"{self.address}: there is a registered model {name} that csm did not make; choose another name")
+            raise RefusedError(f"there is a registered model {name} that csm did not make; choose another name")
         return False
 
     def _close(self, record: Record, spool: Spool) -> None:

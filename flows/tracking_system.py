@@ -8,10 +8,8 @@ from contextlib import suppress
 
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING, MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL
 from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
-from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+from csm.errors import InputError
 
 SECONDS = 10.0  # between two samples, unless MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL says otherwise
 
@@ -20,6 +18,11 @@ class SystemMetrics:
     """Calls ``log`` with a sample of {system/NAME: value} now and then, in a thread of its own, until ``stop``."""
 
     def __init__(self, log: Callable[[Mapping[str, float]], None]) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor  # here: they need psutil, the rest of tracking does not
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
         self._log = log
         self._seconds = float(MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or SECONDS)
         self._monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
@@ -37,7 +40,7 @@ class SystemMetrics:
         end = time.monotonic()
         while not self._stopped.wait(max(0.0, end + self._seconds - time.monotonic())):
             end = time.monotonic()
-            with suppress(OSError):  # of the spool: the driver meets it too, and says it
+            with suppress(OSError, InputError):  # of the spool or the store: the driver meets it too, and says it
                 self._log(self.sample())
 
     def sample(self) -> dict[str, float]:

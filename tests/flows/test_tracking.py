@@ -1,8 +1,11 @@
 import errno
 import json
 import threading
+import time
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from mlflow.exceptions import MlflowException
@@ -11,12 +14,13 @@ from mlflow.tracking import MlflowClient
 from cluster.training import RunEvent
 from csm import storage
 from csm.datasets import DatasetInfo
+from csm.errors import InputError
 from csm.methods import Method
 from csm.optimization import OptimizerConfig
 from csm.runs import RunSpec
 from flows import training
 from flows.tracking import PARAM_CHARACTERS, Tracker, flatten
-from flows.tracking_address import EXPERIMENT
+from flows.tracking_address import EXPERIMENT, Address
 from flows.tracking_store import BATCH, store_uri
 
 PARENT = "mlflow.parentRunId"
@@ -385,3 +389,72 @@ def test_what_else_mlflow_refuses_is_not_taken_for_a_full_disk(tracker):
     tracker.open_run("other", "other", {}, {})
     with pytest.raises(MlflowException, match="metric"):
         tracker.log_metrics("other", {"a metric, with a comma, $": 1.0})
+
+
+@pytest.fixture
+def model(tmp_path):
+    """As good as an MLflow model for a registry: ``model(weights)`` writes a folder of it."""
+
+    def write(weights):
+        folder = tmp_path / "mlflow"
+        folder.mkdir(exist_ok=True)
+        for name, text in (("MLmodel", f"made: {time.time()}"), ("weights", weights)):
+            storage.write_text(folder / name, text)
+        return folder
+
+    return write
+
+
+def versions(client, name):
+    return sorted(client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version))
+
+
+def test_a_model_has_a_version_for_each_content_and_the_files_of_each_stay(tracker, client, model):
+    tracker.open_run("model", "model", {}, {})
+    for weights in ("first", "first", "second"):
+        tracker.register_model("model", model(weights), "csm-digits", "the best", {"csm.method": "csm"})
+    first, second = versions(client, "csm-digits")
+    assert [version.run_id for version in (first, second)] == [tracker.run_id("model")] * 2
+    assert first.tags["csm.method"] == "csm"
+    assert first.description == "the best"
+    assert client.get_registered_model("csm-digits").tags["csm.made_by"] == "csm"
+    texts = [(Path(unquote(urlsplit(version.source).path)) / "weights").read_text() for version in (first, second)]
+    assert texts == ["first", "second"]
+
+
+def test_a_registered_model_of_somebody_else_is_left_alone(tracker, client, model, capsys):
+    client.create_registered_model("theirs")
+    tracker.open_run("refused", "refused", {}, {})
+    for refused in (
+        lambda: tracker.check_model_name("theirs"),
+        lambda: tracker.register_model("refused", model("x"), "theirs", "", {}),
+    ):
+        with pytest.raises(InputError, match="there is a registered model theirs that csm did not make; choose another name"):
+            refused()
+    tracker.check_model_name("free")
+    # made by somebody else between the check and the sending, as with a server that was down
+    folder = model("x")
+    tracker._append({"do": "model", "key": "refused", "name": "theirs", "description": "", "tags": {}}, folder)
+    assert tracker.flush()
+    assert "refused a record (there is a registered model theirs" in capsys.readouterr().err
+    assert versions(client, "theirs") == []
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a:b", "it's"])
+def test_a_name_that_no_model_can_have(tracker, name):
+    with pytest.raises(InputError, match="choose another name"):
+        tracker.check_model_name(name)
+
+
+def test_a_deleted_experiment_is_one_line(root, tracker, client):
+    gone = client.create_experiment("gone")
+    client.delete_experiment(gone)
+    uri = store_uri(root)
+    with pytest.raises(InputError, match="experiment gone was deleted there; restore it, or give another --experiment"):
+        Tracker(root, Address(uri, "gone"))
+
+
+def test_a_store_that_is_no_database_is_one_line(tmp_path):
+    (tmp_path / "mlflow.db").write_text("no database")
+    with pytest.raises(InputError, match=r"mlflow\.db is not a usable MLflow store"):
+        Tracker(tmp_path)

@@ -62,7 +62,7 @@ def test_each_address_and_experiment_has_files_of_its_own_and_a_new_password_the
     assert Address("http://u:old@a").name == Address("http://u:new@a").name != Address("http://a").name
 
 
-SECRET = "hunter2"  # noqa: S105
+SECRET = "hunter2"
 
 
 @pytest.mark.parametrize(

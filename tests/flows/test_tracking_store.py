@@ -100,7 +100,7 @@ def serving(rest, port=0):
             self.end_headers()
             self.wfile.write(data)
 
-        do_GET = do_POST = do_PATCH = handle_one
+        do_GET = do_POST = do_PATCH = handle_one  # noqa: N815
 
         def log_message(self, *arguments):
             """Quiet."""
@@ -265,11 +265,14 @@ def test_sending_everything_again_changes_nothing(rest, tmp_path):
 
 VICTIM = """
 import sys
+import time
 from pathlib import Path
 from flows.tracking import Tracker
 from flows.tracking_address import Address
 tracker = Tracker(Path(sys.argv[1]), Address(sys.argv[2]))
 for number in range(10_000):
+    while tracker._spool.waiting > 20:
+        time.sleep(0.001)
     tracker.open_run(f"run{number}", f"run{number}", {}, {"number": number})
     tracker.log_steps(f"run{number}", [(1, {"loss": 1.0}), (2, {"loss": 2.0})])
     tracker.log_steps(f"run{number}", [(2, {"loss": 2.0}), (3, {"loss": 3.0})])
