@@ -28,6 +28,7 @@ from flows.annotators import AnnotateConfig, check_annotators, check_asked, chec
 from flows.methods import TrainConfig, check_train
 
 STRICT = ConfigDict(extra="forbid")
+REGISTRY_FORBIDS = "/:%'\""  # in the name of a model
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -66,6 +67,19 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class RegisterConfig:
+    """The finished model in MLflow's registry.
+
+    Attributes:
+        name: there; None: "csm-" and the name of the configuration.
+        enabled: register it at all.
+    """
+
+    name: str | None = None
+    enabled: bool = True
+
+
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """A whole run. ``data`` is ``source`` and the parameters of that source."""
 
@@ -78,6 +92,7 @@ class Config:
     plan: PlanConfig = Field(default_factory=PlanConfig)
     mix: MixConfig = Field(default_factory=MixConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    register: RegisterConfig = Field(default_factory=RegisterConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
 
     @property
@@ -235,6 +250,8 @@ def _check_names(config: Config) -> Config:
     check_asked(annotate, "annotate.annotator", annotate.annotator)
     for name in config.evaluate.posthoc:
         check_name("evaluate.posthoc", name, POSTHOC)
+    if any(letter in (config.register.name or "") for letter in REGISTRY_FORBIDS):
+        raise InputError(f"register.name: expected a name without {' '.join(REGISTRY_FORBIDS)}, got {config.register.name!r}")
     train = check_train(config.train, annotate)
     shifts = {name: _check_shift(f"evaluate.shifts.{name}", name, shift) for name, shift in config.evaluate.shifts.items()}
     evaluate = replace(config.evaluate, shifts=shifts)

@@ -25,6 +25,7 @@ from csm.errors import InputError
 EXPERIMENT = "csm"
 BATCH = 1000  # MLflow takes at most this many metrics a call
 PARAM_CHARACTERS = 6000
+MODEL_TAG = "csm.model"  # of registered models that csm made
 
 
 @contextmanager
@@ -119,6 +120,31 @@ class Tracker:
     def log_figure(self, key: str, figure: Any, name: str) -> None:
         """Keep a matplotlib figure with the run under ``key`` as ``name`` (a .png)."""
         self._client.log_figure(self._index[key]["run_id"], figure, name)
+
+    def check_model_name(self, name: str) -> None:
+        """``InputError`` if the registry has a model ``name`` that csm did not make."""
+        found = self._client.search_registered_models(filter_string=f"name = '{name}'")
+        if found and MODEL_TAG not in found[0].tags:
+            raise InputError(
+                f"register.name: {name!r} is taken in the registry by a model that csm did not make; "
+                f"choose another, for example --set register.name={name}-2, or --set register.enabled=false"
+            )
+
+    @_writing()
+    def register_model(self, key: str, folder: Path, name: str, description: str, tags: Mapping[str, str]) -> None:
+        """Copy the MLflow model in ``folder`` to ``model/`` of the run under ``key``, and make a version of it, but not twice."""
+        self.check_model_name(name)
+        run_id = self.run_id(key)
+        versions = self._client.search_model_versions(f"name = '{name}'")
+        for known in versions:
+            if known.run_id == run_id and dict(tags).items() <= known.tags.items():
+                return
+        self._client.log_artifacts(run_id, str(folder), "model")
+        if not versions and not self._client.search_registered_models(filter_string=f"name = '{name}'"):
+            self._client.create_registered_model(name, tags={MODEL_TAG: "true"}, description="Finished models of csm")
+        self._client.create_model_version(
+            name, f"runs:/{run_id}/model", run_id, tags=dict(tags), description=description, await_creation_for=None
+        )
 
     @_writing()
     def close_run(self, key: str, status: str = "FINISHED") -> None:
