@@ -112,9 +112,9 @@ def registry_name(config: Config) -> str | None:
 
 
 def check_registry(context: Context) -> None:
-    """``InputError`` if a model is to be registered under a name that somebody else has; in a workspace without data all is free."""
+    """``InputError`` if a model is to be registered under a name that somebody else has."""
     name = registry_name(context.config)
-    if name and context.workspace.record("prepare") and stale(context, "model"):
+    if name and stale(context, "model"):
         context.tracker.check_model_name(name)
 
 

@@ -85,10 +85,14 @@ def run_verb(
         names = verb_stages(verb, config)
         try:
             refuse_replacing(context, names)
-            if "model" in names:  # a name that is taken is said before anything is trained
-                model.check_registry(context)
-            if verb in ("plan", "evaluate"):  # what it lacks is said before the teacher is trained, or shift sets are made
+            if verb in (
+                "plan",
+                "train",
+                "evaluate",
+            ):  # what it lacks is said before the teacher is trained, or shift sets are made
                 require(context, verb, [name for name in STAGES[verb].reads(config) if name not in names])
+            if verb == "train":  # `run` does so when the data are there: a name that is taken is said before anything is trained
+                model.check_registry(context)
             if address != "local" and not RAY_STAGES.isdisjoint(names):
                 context.connect()  # now, rather than after an hour of other work
             for name in names:
