@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -63,7 +64,7 @@ def test_folders_that_are_in_use(modelled, tmp_path):
     with pytest.raises(InputError, match=r"is not empty \(files of something else\); choose a new or empty folder"):
         export_model(modelled, None, "safetensors", tmp_path)
     with pytest.raises(InputError, match="URLs are not supported yet"):
-        export_model(modelled, None, "safetensors", tmp_path / "s3:" / "bucket")
+        export_model(modelled, None, "safetensors", Path("s3://bucket"))
     (tmp_path / "empty").mkdir()
     export_model(modelled, None, "safetensors", tmp_path / "empty")
     with pytest.raises(InputError, match=r"is not empty \(format safetensors -> mlflow\)"):

@@ -93,7 +93,7 @@ def test_it_is_reused_while_nothing_changes_and_registered_once(copy, snapshot):
     assert run_stages(context_of(copy), "model") == {"model": False}
     assert (copy / "model" / "mlflow" / "MLmodel").is_file()
     (version,) = versions(copy)
-    assert (version.version, version.status) == ("1", "READY")
+    assert (int(version.version), version.status) == (1, "READY")
     model = load_calibrated(copy / "model")
     assert version.tags["csm.run"] == model.spec.origin["run"]
     assert version.tags["csm.method"] == model.spec.origin["method"]
@@ -140,7 +140,7 @@ def test_names_in_the_registry():
     assert registry_name(load_config("demo", ["register.name=mine"])) == "mine"
     assert registry_name(load_config("demo", ["name=a/b:c"])) == "csm-a-b-c"
     assert registry_name(load_config("demo", ["register.enabled=false"])) is None
-    with pytest.raises(InputError, match="register.name: expected a name without / : % ' \", got 'a/b'"):
+    with pytest.raises(InputError, match=r"register\.name: expected a name without / : % ' \", got 'a/b'"):
         load_config("demo", ["register.name=a/b"])
 
 
