@@ -75,7 +75,7 @@ def calibrated(
     classifier: Classifier, shape: tuple[int, int, int], posthoc: Posthoc, origin: Mapping[str, Any]
 ) -> CalibratedClassifier:
     """``classifier`` with what calibrates it; ``shape`` is (height, width, channels)."""
-    spec = CalibratedSpec(**vars(classifier.spec), shape=shape, posthoc=posthoc, origin=dict(origin))
+    spec = CalibratedSpec(**{**vars(classifier.spec), "shape": shape, "posthoc": posthoc, "origin": dict(origin)})
     return CalibratedClassifier(classifier, spec).eval()
 
 

@@ -92,6 +92,11 @@ class Workspace:
         return self.root / "report.html"
 
     @property
+    def model(self) -> Path:
+        """Folder of the finished model."""
+        return self.root / "model"
+
+    @property
     def choice(self) -> Path:
         """Which annotator "auto" is."""
         return self.root / "annotators" / "auto.json"
@@ -185,7 +190,7 @@ def _remove_temporaries(root: Path) -> None:
     if (root / "stages").is_dir():
         folders = [
             root / name
-            for name in ("stages", "real", "truth", "generator", "mixed", "annotations", "annotators", "runs", "shift")
+            for name in ("stages", "real", "truth", "generator", "mixed", "annotations", "annotators", "runs", "model", "shift")
         ]
         for path in [*root.glob(".*.tmp"), *(path for folder in folders for path in folder.rglob(".*.tmp"))]:
             path.unlink(missing_ok=True)

@@ -31,6 +31,7 @@ from flows.sweeps import TuneConfig, check_tune
 
 STRICT = ConfigDict(extra="forbid")
 SPACE = "space"  # of the section tune: its keys are dotted keys of the configuration
+REGISTRY_FORBIDS = "/:%'\""  # in the name of a model
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -69,6 +70,19 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class RegisterConfig:
+    """The finished model in MLflow's registry.
+
+    Attributes:
+        name: there; None: "csm-" and the name of the configuration.
+        enabled: register it at all.
+    """
+
+    name: str | None = None
+    enabled: bool = True
+
+
+@dataclass(frozen=True, config=STRICT)
 class Config:
     """A whole run. ``data`` is ``source`` and the parameters of that source."""
 
@@ -81,6 +95,7 @@ class Config:
     plan: PlanConfig = Field(default_factory=PlanConfig)
     mix: MixConfig = Field(default_factory=MixConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    register: RegisterConfig = Field(default_factory=RegisterConfig)
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     tune: TuneConfig = Field(default_factory=TuneConfig)
 
@@ -272,6 +287,8 @@ def _check_names(config: Config) -> Config:
     check_asked(annotate, "annotate.annotator", annotate.annotator)
     for name in config.evaluate.posthoc:
         check_name("evaluate.posthoc", name, POSTHOC)
+    if any(letter in (config.register.name or "") for letter in REGISTRY_FORBIDS):
+        raise InputError(f"register.name: expected a name without {' '.join(REGISTRY_FORBIDS)}, got {config.register.name!r}")
     train = check_train(config.train, annotate)
     _check_sets(train, config.plan)
     annotate = check_teacher(train, annotate)

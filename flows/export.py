@@ -19,6 +19,7 @@ from csm.export import CARD, FORMATS, WORK, Card, encode, rows
 from csm.reannotation import soft_labels
 from flows.artifacts import Workspace, differences, is_url, open_workspace
 from flows.config import Config, plain
+from flows.export_model import MODEL_FORMATS
 from flows.fit_annotators import annotators, calibration_of, resolve
 from flows.progress import say, task
 from flows.run import STAGES, terminable
@@ -44,7 +45,7 @@ def export(
         InputError: an unknown name, a stage that is not done, or an ``output`` that holds something else.
     """
     if format_name not in FORMATS:
-        raise InputError(f"--format {format_name}: unknown; one of {', '.join(FORMATS)}")
+        raise InputError(f"--format {format_name}: unknown; one of {', '.join((*FORMATS, *MODEL_FORMATS))}")
     annotator = annotator or config.annotate.annotator
     allowed = tuple(dict.fromkeys((*config.annotators, *annotators(Workspace(root), config), NONE)))
     if annotator not in allowed:

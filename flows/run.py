@@ -24,6 +24,7 @@ from flows import (
     fit_teacher,
     generator,
     mix,
+    model,
     plan,
     prepare,
     report,
@@ -50,6 +51,7 @@ STAGES = {
         mix.STAGE,
         annotate.STAGE,
         train.STAGE,
+        model.STAGE,
         evaluate_shift.STAGE,
         evaluate.STAGE,
         report.STAGE,
@@ -57,11 +59,13 @@ STAGES = {
 }
 RAY_STAGES = frozenset({"generator", "fit-teacher", "fit-annotators", "mix", "annotate", "train", "evaluate-shift"})
 VERBS = {
-    name: (name,) for name in STAGES if name not in ("generator", "fit-teacher", "fit-annotators", "annotate", "evaluate-shift")
+    name: (name,)
+    for name in STAGES
+    if name not in ("generator", "fit-teacher", "fit-annotators", "annotate", "train", "model", "evaluate-shift")
 }
 MIXING = ("generator", "fit-annotators", "plan", "mix", "annotate")  # what only methods with mixed images need
 VERBS |= {"fit-generator": ("generator",), "import-generator": ("prepare", "generator")}
-VERBS |= {"evaluate": ("shift", "evaluate-shift", "evaluate")}
+VERBS |= {"train": ("train", "model"), "evaluate": ("shift", "evaluate-shift", "evaluate")}
 VERBS |= {"annotate": ("fit-annotators", "annotate"), "run": tuple(name for name in STAGES if name != "fit-teacher")}
 
 
@@ -89,8 +93,11 @@ def run_verb(
         try:
             refuse_replacing(context, names)
             context.send_waiting()
-            if verb in ("plan", "evaluate"):  # what it lacks is said before the teacher is trained, or shift sets are made
+            # What it lacks is said before the teacher is trained, or shift sets are made.
+            if verb in ("plan", "train", "evaluate"):
                 require(context, verb, [name for name in STAGES[verb].reads(config) if name not in names])
+            if verb == "train":  # `run` does so when the data are there: a name that is taken is said before anything is trained
+                model.check_registry(context)
             if address != "local" and not RAY_STAGES.isdisjoint(names):
                 context.connect()  # now, rather than after an hour of other work
             for name in names:

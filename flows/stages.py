@@ -287,6 +287,6 @@ def _verb(context: Context, stage: str) -> str:
     """The verb that runs ``stage``."""
     if stage == "generator":
         return "import-generator" if context.config.generator.path else "fit-generator"
-    if stage == "evaluate-shift":
-        return "evaluate"
+    if stage in ("model", "evaluate-shift"):
+        return "train" if stage == "model" else "evaluate"
     return "annotate" if stage in ("fit-teacher", "fit-annotators") else stage

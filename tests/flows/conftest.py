@@ -1,6 +1,33 @@
-"""Models of the real formats with random weights, as tests/csm/generators has them."""
+"""Models of the real formats with random weights, as tests/csm/generators has them, and a workspace with a finished model."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 
 from tests.csm.generators.conftest import dit_pipeline, stable_diffusion_pipeline, unet_pipeline
 from tests.csm.generators.edm.conftest import snapshot as edm_snapshot
 
 __all__ = ["dit_pipeline", "edm_snapshot", "stable_diffusion_pipeline", "unet_pipeline"]
+
+
+@pytest.fixture(scope="session")
+def modelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with a finished model, which is registered as `csm-small`; tests only read it."""
+    from tests.flows.finished_model import context_of, run_stages
+
+    root = tmp_path_factory.mktemp("modelled") / "workspace"
+    run_stages(context_of(root), "prepare", "train", "model")
+    return root
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """``free_port()`` gives a port of this machine at which nothing listens now."""
+
+    def find() -> int:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            return int(taken.getsockname()[1])
+
+    return find

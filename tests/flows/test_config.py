@@ -104,7 +104,7 @@ def test_an_empty_file_is_the_defaults_under_its_name(text, config_file):
 @pytest.mark.parametrize(
     ("override", "allowed"),
     [
-        ("nope=1", "name, data, train, annotate, description, generator, plan, mix, evaluate, resources"),
+        ("nope=1", "name, data, train, annotate, description, generator, plan, mix, evaluate, register, resources"),
         (
             "generator.nope=1",
             "path, kind, classes, guidance, prompt, block_channels, layers_per_block, attention_levels, dropout,",

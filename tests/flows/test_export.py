@@ -405,7 +405,7 @@ def test_sigterm_stops_it_as_ctrl_c_does(config, made, tmp_path):
 
 
 def test_unknown_names_are_told_the_known_ones(refused, tmp_path):
-    assert refused("zip") == "--format zip: unknown; one of image-folder, webdataset, huggingface"
+    assert refused("zip") == "--format zip: unknown; one of image-folder, webdataset, huggingface, onnx, safetensors, mlflow"
     message = refused("webdataset", "--annotator", "clip")
     assert message == "--annotator clip: unknown; one of projection, auto, teacher, none"
     assert not (tmp_path / "out").exists()

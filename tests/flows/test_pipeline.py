@@ -27,7 +27,19 @@ from csm.sampling import SamplerConfig
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Copy = Callable[..., Path]
-STAGES = ["prepare", "generator", "fit-teacher", "fit-annotators", "plan", "mix", "annotate", "train", "evaluate", "report"]
+STAGES = [
+    "prepare",
+    "generator",
+    "fit-teacher",
+    "fit-annotators",
+    "plan",
+    "mix",
+    "annotate",
+    "train",
+    "model",
+    "evaluate",
+    "report",
+]
 
 pytestmark = pytest.mark.ray
 

@@ -186,6 +186,6 @@ def test_the_command_trains_the_teacher_first_and_mixes_with_the_operator(finish
 
 def test_a_run_without_mixed_images_makes_none() -> None:
     config = load_config("digits", ["train.compare=[cross-entropy, cutmix]", "plan.pairs=confusion"])
-    assert verb_stages("run", config) == ("prepare", "train", "evaluate", "report")
+    assert verb_stages("run", config) == ("prepare", "train", "model", "evaluate", "report")
     assert STAGES["train"].reads(config) == ("prepare",)
     assert STAGES["report"].reads(config) == ("prepare", "train", "evaluate")
