@@ -1,6 +1,8 @@
 """ui: MLflow's own pages, opened on views of csm's runs that are useful at once."""
 
+import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,11 +15,11 @@ from flows.tracking import store_uri
 from flows.ui_views import View, write_views
 
 
-def serve(workspace: Path, host: str, port: int, tracking_uri: str | None, experiment: str) -> None:
+def serve(workspace: Path, host: str, port: int, tracking_uri: str, experiment: str) -> None:
     """Write the views into the store and print their addresses; a store that is no server is then served, by this very process.
 
     Args:
-        workspace: whose store it is, if there is no ``tracking_uri``.
+        workspace: whose store it is if ``tracking_uri`` is "".
         host, port: where to listen.
         tracking_uri: of a server (``http://...``), whose address is printed, or of a database.
         experiment: name of the MLflow experiment.
@@ -25,12 +27,12 @@ def serve(workspace: Path, host: str, port: int, tracking_uri: str | None, exper
     Raises:
         InputError: there is no store yet, no such experiment, or the server does not answer.
     """
-    if tracking_uri is None and not (workspace / "mlflow.db").is_file():
+    if not tracking_uri and not (workspace / "mlflow.db").is_file():
         raise InputError(f"--workspace {workspace}: has no mlflow.db yet; run `csm run --workspace {workspace}` first")
     store = tracking_uri or store_uri(workspace)
     is_server = store.startswith(("http://", "https://"))
     number, views = prepare(store, experiment)
-    address = store.rstrip("/") if is_server else f"http://{host}:{port}"
+    address = re.sub("//[^/@]*@", "//", store).rstrip("/") if is_server else f"http://{host}:{port}"
     say(f"MLflow on {address}" + ("" if is_server else "  (Ctrl-C stops it)"))
     for view in views:
         say(f"  {view.name}: {view_address(address, number, view)}")
@@ -40,17 +42,24 @@ def serve(workspace: Path, host: str, port: int, tracking_uri: str | None, exper
 
 def prepare(store: str, experiment: str) -> tuple[str, list[View]]:
     """Write the views of ``experiment`` into ``store``; return the experiment's number and the views."""
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # or a server that is down is asked for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     try:
         client = MlflowClient(store)
         found = client.get_experiment_by_name(experiment)
         if found is None:
-            raise InputError(f"--experiment {experiment}: {store} has no such experiment; run `csm run` with it first")
+            raise InputError(
+                f"--experiment {experiment}: there is no such experiment yet; run `csm run --experiment {experiment}` first"
+            )
         return str(found.experiment_id), write_views(client, found)
     except MlflowException as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"--tracking-uri {store}: does not answer as an MLflow server does ({reason})") from None
+        text = " ".join(str(error).split())
+        reason = "it cannot be reached" if "Max retries" in text else re.sub("//[^/@ ]*@", "//", text)[:160]
+        raise InputError(
+            f"--tracking-uri: no MLflow store answers there ({reason}); start the server or correct the address"
+        ) from None
 
 
 def view_address(server: str, experiment: str, view: View) -> str:

@@ -6,6 +6,7 @@ documented; it is as MLflow 3.17's page writes it, and ``tests/flows/test_ui.py`
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ TAG = "mlflow.sharedViewState."
 RUNS = 500  # the newest, whose parameters and metrics are looked at
 AXES = 6  # parameters of parallel coordinates
 FIRST_COLUMNS = ("attributes.`Run Name`", "runDateAndNestInfo", "duration")  # the page always shows them
-WIDTH = 130  # of other columns, in pixels
+WIDTH = 110  # of other columns, in pixels
 
 
 class View(NamedTuple):
@@ -29,20 +30,24 @@ class View(NamedTuple):
 
 
 def write_views(client: MlflowClient, experiment: Experiment) -> list[View]:
-    """Keep the views that suit the runs of ``experiment`` as its tags, changing none that is as it should be."""
+    """Keep the views that suit the runs of ``experiment`` as its tags, and return them.
+
+    A view that is as it should be is not written again, and one that a user has saved under its name stays the user's.
+    """
     views = views_of(client, experiment.experiment_id)
     for view in views:
         state = json.dumps(view.state)
-        kept = json.loads(experiment.tags.get(f"{TAG}{view.key}", "{}"))
-        if kept.get("state") != state:
-            times = {
-                "createdAt": kept.get("createdAt", experiment.creation_time or 0),
-                "updatedAt": experiment.creation_time or 0,
-            }
-            client.set_experiment_tag(
-                experiment.experiment_id, f"{TAG}{view.key}", json.dumps({"name": view.name, **times, "state": state})
-            )
+        kept = experiment.tags.get(f"{TAG}{view.key}")
+        if kept is None or (_is_ours(kept) and json.loads(kept)["state"] != state):
+            now = int(time.time() * 1000)
+            value = {"name": view.name, "createdAt": now, "updatedAt": now, "state": state, "by": "csm"}
+            client.set_experiment_tag(experiment.experiment_id, f"{TAG}{view.key}", json.dumps(value))
     return views
+
+
+def _is_ours(tag: str) -> bool:
+    """MLflow's page writes a view without the mark."""
+    return tag.startswith("{") and json.loads(tag).get("by") == "csm"
 
 
 def views_of(client: MlflowClient, experiment: str) -> list[View]:
@@ -91,7 +96,7 @@ def _trials(runs: Sequence[Run]) -> View:
     sweep = _sweep(runs[0])
     state = _state(
         _kind("trial") + (f" AND tags.`{MLFLOW_PARENT_RUN_ID}` = '{sweep}'" if sweep else ""),
-        columns=[*(_column("params", name) for name in searched), *_metrics(*objectives), *_tags("status")],
+        columns=[*(_column("params", name) for name in searched), *_metrics(*objectives)],
         order=objectives[0] if objectives else "val_nll",
         charts=[
             _parallel(searched, objectives),
@@ -120,7 +125,7 @@ def _state(
     return {
         "searchFilter": search,
         "orderByKey": _metric(order),
-        "orderByAsc": True,
+        "orderByAsc": not order.endswith("accuracy"),
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "modelVersionFilter": "All Runs",
