@@ -5,6 +5,8 @@ import base64
 import json
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -99,3 +101,20 @@ class Page:
     async def _close(self):
         await self._socket.close()
         await self._session.close()
+
+
+def main() -> None:
+    """A picture of an MLflow page for the docs: ``python -m tests.flows.chromium ADDRESS FILE.png``."""
+    address, file = sys.argv[1:]
+    close = "document.querySelector('[data-component-id=\"mlflow.assistant.chat_panel.close\"]')"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, Page(Path(folder), 1400, 900) as page:
+        page.open(address)
+        page.wait("document.querySelectorAll('.ag-row').length > 2")
+        page.wait(close)
+        page.evaluate(f"{close}.click()")
+        time.sleep(5)  # charts come one after the other, and redraw
+        page.screenshot(Path(file))
+
+
+if __name__ == "__main__":
+    main()

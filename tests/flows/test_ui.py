@@ -13,11 +13,12 @@ from mlflow.tracking import MlflowClient
 
 from csm.errors import InputError
 from flows import ui
-from flows.tracking import EXPERIMENT, store_uri
+from flows.tracking import store_uri
 from flows.ui import serve, view_address
 from flows.ui_views import TAG, views_of, write_views
 from tests.flows.chromium import Page
 
+EXPERIMENT = "csm"
 TESTED = {
     "test_accuracy": 0.8,
     "test_ece": 0.05,
