@@ -6,8 +6,10 @@ import re
 import sys
 from pathlib import Path
 
+import mlflow.store.db.utils as store_utils
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
 
 from csm.errors import InputError
 from flows.progress import say
@@ -46,6 +48,7 @@ def prepare(store: str, experiment: str) -> tuple[str, list[View]]:
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # or a server that is down is asked for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    store_utils.MAX_RETRY_COUNT = 1  # the same for a database
     try:
         client = MlflowClient(store)
         found = client.get_experiment_by_name(experiment)
@@ -54,9 +57,9 @@ def prepare(store: str, experiment: str) -> tuple[str, list[View]]:
                 f"--experiment {experiment}: there is no such experiment yet; run `csm run --experiment {experiment}` first"
             )
         return str(found.experiment_id), write_views(client, found)
-    except MlflowException as error:
-        text = " ".join(str(error).split())
-        reason = "it cannot be reached" if "Max retries" in text else re.sub("//[^/@ ]*@", "//", text)[:160]
+    except (MlflowException, SQLAlchemyError, ModuleNotFoundError) as error:
+        text = re.sub("//[^/@ ]*@", "//", " ".join(str(error).split()))
+        reason = "it cannot be reached" if "Max retries" in text or "Connection refused" in text else text[:160]
         raise InputError(
             f"--tracking-uri: no MLflow store answers there ({reason}); start the server or correct the address"
         ) from None
