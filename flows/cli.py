@@ -195,13 +195,42 @@ def serve(model: str, tracking_uri: str | None, host: str, port: int, max_batch:
 
 @cli.command(help="Open the MLflow UI on the workspace's runs.")
 @click.option("--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True)
+@click.option(
+    "--tracking-uri",
+    envvar="MLFLOW_TRACKING_URI",
+    default="",
+    help="MLflow server or store.  [default: the workspace's mlflow.db]",
+)
+@click.option("--experiment", default="csm", show_default=True, help="MLflow experiment.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def ui(workspace: Path, host: str, port: int, debug: bool) -> None:
+def ui(workspace: Path, tracking_uri: str, experiment: str, host: str, port: int, debug: bool) -> None:
     from flows.ui import serve
 
-    serve(workspace, host, port)
+    serve(workspace, host, port, tracking_uri, experiment)
+
+
+@cli.command(help="Show what differs between trained classifiers: NAMEs are methods, runs or trials, the first is the baseline.")
+@click.argument("names", nargs=-1, metavar="NAME NAME ...")
+@click.option("--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True)
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page too, with reliability diagrams.")
+@with_options(OUTPUT_OPTIONS)
+def compare(names: tuple[str, ...], workspace: Path, html: Path | None, as_json: bool, debug: bool) -> None:
+    started = time.monotonic()
+    from flows.compare import as_json as values
+    from flows.compare import compare as measure
+    from flows.compare_views import terminal_tables, write_page
+
+    compared = measure(names, workspace)
+    for table in terminal_tables(compared):
+        print_table(table)
+    if html:
+        write_page(compared, html)
+        click.echo(f"page: {html}")
+    if as_json:
+        page = str(html) if html else None
+        click.echo(json.dumps({**values(compared), "html": page, "seconds": round(time.monotonic() - started, 3)}))
 
 
 @cli.command(help="Check this machine, the installation and, with --address, a Ray cluster.")
