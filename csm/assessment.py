@@ -97,9 +97,9 @@ def ece_interval(
     """Interval of the true ECE, in these bins: the values under which an ECE as measured is not too rare.
 
     The true gaps of the bins are taken to be s times those that were measured, s >= 0; for each s the right predictions of each bin are
-    drawn (binomial). The lower end is the ECE at the s below which one as high as measured has a chance below (1 - level) / 2, or 0 if a
-    perfectly calibrated model has more; the upper end the same for one as low. So, unlike an interval of resamples, it does not grow
-    upwards with the bins' noise: few images give a wide interval that begins at 0, not a high one.
+    drawn (binomial). The lower end is the ECE at the s below which one as high as measured has a chance below (1 - level) / 2, or 0 if
+    a perfectly calibrated model has more; the upper end the same for one as low, and at least what was measured. So, unlike an interval
+    of resamples, it does not grow upwards with the bins' noise: few images give a wide interval that begins at 0, not a high one.
 
     Args:
         confidence, correct: (N,), of the predicted class; in [0, 1], and whether it is the label.
@@ -109,7 +109,7 @@ def ece_interval(
         level: inside (0, 1).
 
     Returns:
-        (low, high), fractions; low is at most the measured ECE.
+        (low, high), fractions, the measured ECE between them.
 
     Raises:
         ValueError: an argument is out of range or shapes do not match.
@@ -134,7 +134,7 @@ def ece_interval(
         return bool((simulated(scale) <= measured + 1e-12).mean() > tail)
 
     highest = 1.0 / max(float(np.abs(gap).max(initial=0)), 1e-9)  # where the largest gap is as large as can be
-    return true_ece(_last(is_too_small, 1.0)), true_ece(_last(is_small_enough, max(highest, 1.0)))
+    return true_ece(_last(is_too_small, 1.0)), max(measured, true_ece(_last(is_small_enough, max(highest, 1.0))))
 
 
 def _last(holds: Callable[[float], bool], end: float) -> float:

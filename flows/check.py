@@ -104,7 +104,7 @@ def check(
             figure.savefig(temporary, format="png")
         page = pages.render(
             "check.html.j2",
-            title=f"Is {Path(model).name or model} calibrated?",
+            title="Is this model calibrated?",
             created=datetime.now(UTC),
             command=command,
             model=model,
@@ -125,7 +125,8 @@ def check(
 def judge(assessment: Assessment, threshold: float) -> Checked:
     """The ECE's interval against ``threshold``, in a sentence."""
     ece = assessment.metrics["ece"]
-    assert ece.low is not None and ece.high is not None
+    assert ece.low is not None
+    assert ece.high is not None
     interval, limit = MEASURES["ece"].interval(ece), percent(threshold)
     if ece.low > threshold:
         state = ABOVE

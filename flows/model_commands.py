@@ -88,6 +88,33 @@ def check(as_json: bool, debug: bool, **options: Any) -> None:
         raise SystemExit(1)
 
 
+@click.command(help="Fit post-hoc calibration to logits and labels alone: no generator, no images, no model.")
+@click.option(
+    "--logits",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="*.npz or *.parquet with logits (N, K), or probabilities, and labels (N,).",
+)
+@click.option("--test", type=click.Path(path_type=Path), metavar="FILE", help="Other rows to measure on; without, cross-fitted.")
+@click.option(
+    "--posthoc", default="all", show_default=True, metavar="NAMES", help="Methods, with commas, for example temperature,vector."
+)
+@with_options((*REPORT_OPTIONS, *OUTPUT_OPTIONS))
+def calibrate(as_json: bool, debug: bool, **options: Any) -> None:
+    started = time.monotonic()
+    from flows.calibrate import calibrate as run
+    from flows.calibrate import sentences, table
+
+    result, methods = run(command=_line(), **options)
+    print_table(table(methods, result["chosen"]), width=120)
+    for sentence in sentences(result, methods):
+        click.echo(sentence)
+    if result["output"]:
+        click.echo(f"report: {result['output']}/report.html")
+    _finish(result, started, as_json)
+
+
 def _line() -> str:
     """The command as it was typed, for the page."""
     return shlex.join(["csm", *sys.argv[1:]])
