@@ -6,7 +6,7 @@ the ECE counts that distance as an error. A model whose confidences are perfectl
 the images only adds to that bias, so ``ece_interval`` asks instead which true ECEs could have shown what was measured.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,12 +94,13 @@ def chance_ece(confidence: Tensor, n_bins: int = 15, draws: int = DRAWS, seed: i
 def ece_interval(
     confidence: Tensor, correct: Tensor, n_bins: int = 15, draws: int = DRAWS, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Interval of the true ECE, in these bins: the values under which an ECE as measured is not too rare.
+    """Interval of the true ECE, in these bins, that allows for what chance adds to the measured one.
 
-    The true gaps of the bins are taken to be s times those that were measured, s >= 0; for each s the right predictions of each bin are
+    The true gaps of the bins are taken to be s times those measured, 0 <= s <= 1; for each s the right predictions of each bin are
     drawn (binomial). The lower end is the ECE at the s below which one as high as measured has a chance below (1 - level) / 2, or 0 if
-    a perfectly calibrated model has more; the upper end the same for one as low, and at least what was measured. So, unlike an interval
-    of resamples, it does not grow upwards with the bins' noise: few images give a wide interval that begins at 0, not a high one.
+    a perfectly calibrated model has more: few images give a wide interval that begins at 0, not a high one. The upper end is that of
+    draws at s = 1, shifted so that their mean is the measured ECE, as ``csm.statistics`` shifts resamples; as what is measured is too high
+    already, the true ECE is rarely above it.
 
     Args:
         confidence, correct: (N,), of the predicted class; in [0, 1], and whether it is the label.
@@ -130,24 +131,15 @@ def ece_interval(
     def is_too_small(scale: float) -> bool:
         return bool((simulated(scale) >= measured - 1e-12).mean() <= tail)
 
-    def is_small_enough(scale: float) -> bool:
-        return bool((simulated(scale) <= measured + 1e-12).mean() > tail)
-
-    highest = 1.0 / max(float(np.abs(gap).max(initial=0)), 1e-9)  # where the largest gap is as large as can be
-    return true_ece(_last(is_too_small, 1.0)), max(measured, true_ece(_last(is_small_enough, max(highest, 1.0))))
-
-
-def _last(holds: Callable[[float], bool], end: float) -> float:
-    """The largest of [0, end] up to which ``holds`` is true, if it is true up to some point; 0 if it never is."""
-    if not holds(0.0):
-        return 0.0
-    if holds(end):
-        return end
-    low, high = 0.0, end
+    as_measured = simulated(1.0)
+    high = measured + float(np.quantile(as_measured, 1 - tail) - as_measured.mean())
+    if not is_too_small(0.0):
+        return 0.0, min(1.0, high)
+    below, above = 0.0, 1.0
     for _ in range(STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+        middle = (below + above) / 2
+        below, above = (middle, above) if is_too_small(middle) else (below, middle)
+    return min(true_ece(below), measured), min(1.0, high)
 
 
 def _filled(bins: Bins) -> tuple[Numbers, Numbers, Numbers]:

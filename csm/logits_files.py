@@ -36,7 +36,7 @@ class LogitsFile:
 
 
 def read_logits(path: Path) -> LogitsFile:
-    """Read ``*.npz`` or ``*.parquet``: (N, K) numbers ``logits``, ``probs`` or ``probabilities``; (N,) ``labels``, ``label`` or ``targets``.
+    """Read ``*.npz`` or ``*.parquet``: (N, K) ``logits``, ``probs`` or ``probabilities``; (N,) ``labels``, ``label`` or ``targets``.
 
     In parquet a row holds a list of K numbers; a column ``split``, as in csm's own predictions, is read as well. Of probabilities the
     logarithm is taken, those of 0 as the smallest number of their type.

@@ -219,14 +219,14 @@ def _npz(file: Path, split: str | None) -> ImageSource:
     arrays = _arrays(file)
     pairs = {part: next((keys for keys in KEYS[part] if keys[0] in arrays), None) for part in tables.SPLITS}
     chosen = {part: keys for part, keys in pairs.items() if keys is not None}
+    if not chosen:
+        raise InputError(
+            f"{file}: no images; expected arrays images, x_test or test_images (and labels, y_test or test_labels)"
+        )
     if split is not None and split in chosen:
         chosen = {split: chosen[split]}
     elif split is not None and chosen.get("train", ("",))[0] != "images":
         raise InputError(f"{file}: no images and labels of split {split!r}; found {', '.join(arrays) or 'none'}")
-    if not chosen:
-        raise InputError(
-            f"{file}: no images in it; expected an array images, x_test or test_images of uint8 (and labels, y_test or test_labels)"
-        )
     for image_key, label_key in chosen.values():
         images = arrays[image_key] = arrays[image_key][..., None] if arrays[image_key].ndim == 3 else arrays[image_key]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape[1:]:
