@@ -132,6 +132,28 @@ def predictions(n_classes: int) -> Schema:
     }
 
 
+def predicted(class_names: Sequence[str]) -> Schema:
+    """Columns of what `csm predict` writes, one row for each image; of an image that could not be read all are null but the first and last.
+
+    A column for each class, ``p_NAME``, is what a spreadsheet, pandas and polars take alike; where classes share a name, ``p_NUMBER``.
+    """
+    names = class_names if len(set(class_names)) == len(class_names) else range(len(class_names))
+    return {
+        "file": pl.String(),
+        "class": pl.String(),  # the most probable one
+        "label": pl.UInt16(),  # its number
+        "confidence": pl.Float32(),  # its probability
+        "entropy": pl.Float32(),  # nats, from 0 to log K
+        **{f"p_{name}": pl.Float32() for name in names},
+        "error": pl.String(),  # null but for bad images
+    }
+
+
+def calibrated(n_classes: int) -> Schema:
+    """Columns of ``probabilities.parquet`` of `csm calibrate`, in the order of the logits that it was given."""
+    return {"row": pl.UInt32(), "label": pl.UInt16(), **{f"p_{k}": pl.Float32() for k in range(n_classes)}}
+
+
 def check(frame: pl.DataFrame, schema: Schema, where: str = "table") -> pl.DataFrame:
     """Return ``frame`` if its columns and dtypes are those of ``schema``, in order; else raise ``InputError`` naming the column."""
     if frame.columns != list(schema):

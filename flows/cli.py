@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from flows.bench import bench
+from flows.model_commands import calibrate, check, predict
 from flows.options import CONFIG_OPTIONS, OUTPUT_OPTIONS, SHARED_OPTIONS, print_table, with_options
 
 # Two processes that share cores wait asleep, not spinning: a spinning thread holds the core that the others need.
@@ -63,6 +64,8 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+for command in (predict, check, calibrate):
+    cli.add_command(command)
 
 
 def _add_verb(verb: str, text: str) -> None:

@@ -55,6 +55,31 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
     return resized
 
 
+def decode_as(name: str, image: Path | bytes | np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """One image as a model of images uint8 ``shape`` (height, width, channels) takes it, made as ``decode`` and ``resize`` make them.
+
+    Args:
+        name: for messages.
+        image: a file, what is in one, or pixels uint8 (H, W, 1 or 3).
+        shape: a square one can be made of every image; of another one the image must be already.
+
+    Raises:
+        InputError: the file cannot be read, or the image is of another shape and ``shape`` is no square.
+    """
+    height, width, channels = shape
+    size = height if height == width else 0
+    if isinstance(image, np.ndarray):
+        if image.shape == shape:
+            return image
+        converted = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).convert("RGB" if channels == 3 else "L")
+        pixels = _square(converted, size) if size else np.asarray(converted).reshape(converted.height, converted.width, channels)
+    else:
+        pixels = _read(name, image, size, channels)
+    if pixels.shape != shape:
+        raise InputError(f"image {name} has {_pixels(pixels.shape)} pixels, the model takes {_pixels(shape)} and crops no square")
+    return pixels
+
+
 def _read(name: str, file: Path | bytes, size: int, channels: int) -> np.ndarray:
     """Decode one image to uint8 (height, width, channels)."""
     try:

@@ -49,7 +49,7 @@ def huggingface(
     check_form(size, channels)
     files = some_files(path, SUFFIXES)
     parts = splits_of(files)
-    tables = [_open(file) for file in files]
+    tables = [open_parquet(file) for file in files]
     labels: list[int | str] = []
     counts = []
     for file, table in zip(files, tables, strict=True):
@@ -59,7 +59,7 @@ def huggingface(
             raise InputError(f"{file}: row {found.index(None)} has no {column}: remove it, or choose another data.label_column")
         labels += found
         counts.append(len(found))
-    names = read_class_names(class_names) or _class_names(files[0], tables[0], label_column)
+    names = read_class_names(class_names) or class_names_of(files[0], tables[0], label_column)
     targets, known = number_classes(labels, names, f"data.path: {path}")
     columns = [
         _column(file, table, image_column, IMAGE_COLUMNS, "image_column") for file, table in zip(files, tables, strict=True)
@@ -74,11 +74,11 @@ def huggingface(
     return build(Path(path).stem, images, targets, complete_splits(targets, splits, parts, val, test, seed), known)
 
 
-def _open(file: Path) -> Any:
+def open_parquet(file: Path) -> Any:
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(file, error) from None
+        raise damaged(file, error) from None
 
 
 def _batches(file: Path, table: Any, column: str) -> Iterator[tuple[int, Any]]:
@@ -89,7 +89,7 @@ def _batches(file: Path, table: Any, column: str) -> Iterator[tuple[int, Any]]:
             yield first, batch.column(0)
             first += len(batch)
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(file, error) from None
+        raise damaged(file, error) from None
 
 
 def _images(file: Path, table: Any, column: str) -> Iterator[tuple[str, bytes]]:
@@ -112,7 +112,7 @@ def _column(file: Path, table: Any, asked: str, usual: tuple[str, ...], setting:
     raise InputError(f"{file}: no column {asked or ' or '.join(usual)} among {', '.join(columns)}: set data.{setting}")
 
 
-def _class_names(file: Path, table: Any, asked: str) -> tuple[str, ...]:
+def class_names_of(file: Path, table: Any, asked: str) -> tuple[str, ...]:
     """Of the label's column, from the library's own metadata; none if they are not there."""
     content = (table.schema_arrow.metadata or {}).get(b"huggingface")
     column = _column(file, table, asked, LABEL_COLUMNS, "label_column")
@@ -123,5 +123,5 @@ def _class_names(file: Path, table: Any, asked: str) -> tuple[str, ...]:
     return tuple(map(str, names))
 
 
-def _damaged(file: Path, error: Exception) -> InputError:
+def damaged(file: Path, error: Exception) -> InputError:
     return InputError(f"{file} is not a whole parquet file ({str(error).partition(chr(10))[0]}): get it again")
