@@ -26,7 +26,7 @@ from csm.reannotation import CALIBRATORS, HEADS
 from csm.schedules import SCHEDULES
 from flows.annotators import ENSEMBLE
 from flows.config import config_names, load_config
-from flows.report import machine
+from flows.report_run import machine
 
 PACKAGES = ("torch", "diffusers", "ray", "mlflow", "polars", "pyarrow", "pydantic", "safetensors", "click")
 FREE_BYTES = 2 * 2**30  # the demo needs about a tenth of it

@@ -1,8 +1,9 @@
 """report: everything that the workspace holds -> report.html, one file."""
 
-import os
-import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.shards import part_path
-from csm import __version__, storage, tables
+from csm import storage, tables
 from csm.datasets import DatasetInfo, RealDataset
 from csm.reannotation import soft_labels
 from flows import reporting
@@ -21,6 +22,9 @@ from flows.evaluate_shift import shift_metrics
 from flows.fit_annotators import annotators, calibration_of
 from flows.progress import say
 from flows.reliability import Predictions, Reliability
+from flows.report_annotators import read_annotators
+from flows.report_run import device_seconds, finished_model, machine, repeat
+from flows.report_sweep import read_sweep
 from flows.stages import Context, Made, Stage
 from flows.summary import TEMPERATURE
 from flows.train import run_specs
@@ -34,6 +38,7 @@ def _run(context: Context, record: StageRecord) -> Made:
     data = RealDataset.load(workspace.root)
     info = data.info
     metrics = tables.read(workspace.metrics, tables.METRICS)
+    cost = training_cost(workspace, config)
     page = reporting.render(
         reporting.Report(
             title=f"{config.name}: {info.name}",
@@ -42,14 +47,18 @@ def _run(context: Context, record: StageRecord) -> Made:
             machine=machine(),
             config_yaml=config.to_yaml(),
             dataset=reporting.Dataset(info.name, info.class_names, info.counts, info.shape),
-            stages=_stages(context),
+            stages=_stages(context, device_seconds(workspace, config, cost)),
             methods=compared(config),
             metrics=metrics,
             comparison=tables.read(workspace.comparison, tables.COMPARISON),
             shift_metrics=shift_metrics(workspace, config),
-            cost=training_cost(workspace, config),
+            cost=cost,
             device=device(config),
             reliability=_reliability(context, metrics, info.n_classes),
+            annotators=read_annotators(workspace, config, info.n_classes) if config.mixes else [],
+            sweep=read_sweep(workspace.root),
+            model=finished_model(workspace),
+            repeat=repeat(workspace, list(context.stages), context.command, info.digest),
             gallery=_gallery(context, info) if config.mixes else [],
             data_samples=_data_samples(data),
             generator_samples=_generator_samples(workspace, info) if config.mixes else [],
@@ -63,25 +72,14 @@ def _run(context: Context, record: StageRecord) -> Made:
     return Made(len(compared(config)), storage.file_digest(workspace.report))
 
 
-def machine() -> str:
-    """What the driver runs on, in a line."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    cores = len(os.sched_getaffinity(0))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return (
-        f"{cores} CPU cores, {memory:.0f} GiB, {gpu}; {platform.system()} {platform.machine()}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, csm {__version__}"
-    )
-
-
-def _stages(context: Context) -> list[reporting.Stage]:
-    """What each stage took when it was last done, and whether this command did it."""
+def _stages(context: Context, busy: Mapping[str, float]) -> list[reporting.Stage]:
+    """What each stage took when it was last done, ``busy``: its workers, and whether this command did it."""
     stages = []
     for name in context.stages:
         record = context.workspace.record(name)
         if record is not None and record.done:
             reused = bool(context.outcomes.get(name, {"reused": True})["reused"])
-            stages.append(reporting.Stage(name, record.seconds, reused, record.rows))
+            stages.append(reporting.Stage(name, record.seconds, reused, record.rows, busy.get(name)))
     return stages
 
 
@@ -101,6 +99,14 @@ def _reliability(context: Context, metrics: pl.DataFrame, n_classes: int) -> dic
     return result
 
 
+class Said(NamedTuple):
+    """What an annotator says of mixed images by mix_id: soft labels, confidence in class a of the two before calibration."""
+
+    labels: dict[str, list[float]]
+    raw: dict[str, float]
+    all_classes: bool
+
+
 def _gallery(context: Context, info: DatasetInfo) -> list[reporting.MixedSet]:
     """Sets of different pairs out of the first shard, spread over the pairs, with what each annotator says."""
     workspace, config = context.workspace, context.config
@@ -112,25 +118,27 @@ def _gallery(context: Context, info: DatasetInfo) -> list[reporting.MixedSet]:
         calibration = calibration_of(workspace, name)
         annotations = tables.read(part_path(workspace.annotations(name), 0), tables.annotations(info.n_classes))
         labels = soft_labels(plan, annotations, info.n_classes, calibration)
-        said[name] = (dict(labels.iter_rows()), not calibration.pair)
+        raw = dict(annotations.select("mix_id", pl.col("lam_raw").clip(0, 1)).iter_rows())
+        said[name] = Said(dict(labels.iter_rows()), raw, not calibration.pair)
     sets = table.partition_by("group", "class_a", "class_b", maintain_order=True)
     spread = np.unique(np.linspace(0, len(sets) - 1, min(GALLERY_SETS, len(sets))).round().astype(int))
     return [_mixed_set(sets[index], said, info) for index in spread]
 
 
-def _mixed_set(rows: pl.DataFrame, said: dict[str, tuple[dict[str, list[float]], bool]], info: DatasetInfo) -> reporting.MixedSet:
+def _mixed_set(rows: pl.DataFrame, said: Mapping[str, Said], info: DatasetInfo) -> reporting.MixedSet:
     first = rows.row(0, named=True)
     class_a, class_b = first["class_a"], first["class_b"]
     images = tables.to_images(rows["image"], info.shape).permute(0, 2, 3, 1).numpy()
     cells = []
     for image, row in zip(images, rows.iter_rows(named=True), strict=True):
         annotations = {}
-        for name, (labels, all_classes) in said.items():
-            label = np.asarray(labels[row["mix_id"]])
+        for name, annotator in said.items():
+            label = np.asarray(annotator.labels[row["mix_id"]])
             pair = label[class_a] + label[class_b]
             share = float(label[class_a] / pair) if pair > 0 else 0.5
-            outside = float(np.clip(1 - pair, 0, 1)) if all_classes else None
-            annotations[name] = reporting.Annotation(share, outside, info.class_names[int(label.argmax())] if all_classes else "")
+            outside = float(np.clip(1 - pair, 0, 1)) if annotator.all_classes else None
+            top = info.class_names[int(label.argmax())] if annotator.all_classes else ""
+            annotations[name] = reporting.Annotation(share, outside, top, annotator.raw[row["mix_id"]])
         cells.append(reporting.Cell(float(row["lam"]), image, annotations))
     return reporting.MixedSet(info.class_names[class_a], info.class_names[class_b], cells)
 
@@ -155,13 +163,19 @@ def _more_inputs(config: Config) -> tuple[str, ...]:
     return (*mixing, "evaluate-shift") if config.evaluate.shifts else mixing
 
 
+def _also_reads(workspace: Workspace) -> list[Path]:
+    root = workspace.root
+    return [root / "sweep.parquet", root / "best.yaml", root / "tune" / "importance.json", root / "model" / "model.json"]
+
+
 STAGE = Stage(
     name="report",
     unit="methods",
-    code_version=2,
+    code_version=3,
     inputs=("prepare", "train", "evaluate"),
     settings=lambda config: {"name": config.name, "methods": [method.__dict__ for method in compared(config)]},
     more_inputs=_more_inputs,
+    also_reads=_also_reads,
     outputs=lambda workspace, config: [workspace.report],
     run=_run,
 )

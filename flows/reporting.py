@@ -2,7 +2,6 @@
 
 import base64
 import io
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,13 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 from PIL import Image
 
+from flows.plain_words import plain_words
 from flows.reliability import Reliability, diagram, is_drawable
+from flows.report_annotators import AnnotatorResult
+from flows.report_run import FinishedModel, Repeat
+from flows.report_sweep import Sweep
 from flows.result_tables import POSTHOC_COLUMNS, lowest
+from flows.scatter import HEIGHT, WIDTH, nice_ticks
 from flows.shift_summary import shift_tables
 from flows.summary import (
     COLUMNS,
@@ -44,12 +48,16 @@ LOSSLESS_BELOW = 48  # smaller pictures are stored pixel by pixel, larger ones a
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the pipeline: seconds it took, whether its result was reused, rows it wrote (None: no table)."""
+    """A stage of the pipeline: seconds it took, whether its result was reused, rows it wrote (None: no table).
+
+    ``device_seconds``: how long its workers were busy, times their devices; None where they were not counted.
+    """
 
     name: str
     seconds: float
     reused: bool
     rows: int | None = None
+    device_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,11 +78,19 @@ class Annotation:
         share: confidence in class_a relative to the pair, in [0, 1].
         outside: mass on all other classes, in [0, 1]; None for an annotator that knows only the pair.
         top_class: name of the most probable class; "" if not known.
+        raw: ``share`` before calibration; None if not known.
     """
 
     share: float
     outside: float | None = None
     top_class: str = ""
+    raw: float | None = None
+
+    def words(self) -> str:
+        """What it says, in words for a box and for screen readers."""
+        calibrated = f"calibrated {self.share:.2f}" if self.raw is None else f"raw {self.raw:.2f}, calibrated {self.share:.2f}"
+        outside = "" if self.outside is None else f", {100 * self.outside:.0f} % outside the pair"
+        return f"{calibrated}{outside}{f', most likely {self.top_class}' if self.top_class else ''}"
 
 
 @dataclass(frozen=True)
@@ -116,6 +132,10 @@ class Report:
     cost: Mapping[str, float] = field(default_factory=dict)
     device: str = "core s"
     reliability: Mapping[str, Reliability] = field(default_factory=dict)
+    annotators: Sequence[AnnotatorResult] = ()
+    sweep: Sweep | None = None
+    model: FinishedModel | None = None
+    repeat: Repeat | None = None
     gallery: Sequence[MixedSet] = ()
     data_samples: Sequence[tuple[str, Sequence[Picture]]] = ()
     generator_samples: Sequence[tuple[str, Sequence[Picture]]] = ()
@@ -149,14 +169,27 @@ def render(report: Report) -> str:
         n_bins=report.n_bins,
         mark=lambda name: f"<b>{escape(name)}</b>",
     )
+    counted = report.dataset
+    plain = plain_words(
+        summary,
+        report.methods,
+        report.reliability,
+        dataset=counted.name,
+        classes=len(counted.class_names),
+        images=counted.split_counts.get(report.split, 0),
+        mark=lambda name: f"<b>{escape(name)}</b>",
+    )
     samples = _samples(report)
     page = environment.get_template("report.html.j2")
     return page.render(
         report=report,
         columns=COLUMNS,
         cell=lambda method, metric, posthoc: shown(summary, method, metric, posthoc),
-        verdict=_words(sentences[:2]),
-        details=_words(sentences[2:]),
+        plain=plain,
+        lead=_words([plain.tried, plain.best]),
+        meaning=_words([plain.meaning]),
+        caveats=[_words([caveat]) for caveat in plain.caveats],
+        verdict=_words(sentences),
         seeds=_seeds(summary),
         one_seed=summary["count"].max() == 1,
         complete=in_table["mean"].count() == len(report.methods) * (2 * len(COLUMNS) + 1),
@@ -169,6 +202,11 @@ def render(report: Report) -> str:
         shifts=[] if report.shift_metrics is None else shift_tables(report.shift_metrics, report.methods),
         tracks=[_track(rows, report.methods, metric) for metric in ("nll", "ece")],
         reliability={n: diagram(r, report.n_bins) for n, r in report.reliability.items() if is_drawable(r)},
+        annotators=[
+            (a, diagram(a.reliability, report.n_bins) if a.reliability and is_drawable(a.reliability) else None)
+            for a in report.annotators
+        ],
+        box=(WIDTH, HEIGHT),
         gallery=[_set(mixed) for mixed in report.gallery[:MAX_SETS]],
         samples=samples,
         per_row=max((len(images) for _, *kinds in samples for images in kinds), default=1),
@@ -244,17 +282,6 @@ def _track(rows: pl.DataFrame, methods: Sequence[Method], metric: str) -> dict[s
             "seeds": [place(value) for value in seeds],
         }
     return {"column": column, "ticks": [(place(tick), f"{tick:g}") for tick in ticks], "rows": lines}
-
-
-def nice_ticks(low: float, high: float, include_zero: bool = False) -> list[float]:
-    """Return 3 to 7 round numbers, evenly spaced, that enclose ``low`` and ``high``."""
-    low = min(low, 0.0) if include_zero else low
-    span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / 3))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if span / (power * factor) <= 5)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    last = max(last, first + 2)
-    return [round(index * step, 10) for index in range(first, last + 1)]
 
 
 def _set(mixed: MixedSet) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class Stage:
         run: do the work; called with the stage's record and again after an interruption.
         costly: what it made is never replaced without --force.
         unit: what its rows are, for the user.
+        also_reads: files that it shows if they are there; other ones make its result stale.
         incremental: it knows itself which of its files are still good, so nothing is removed when its settings change.
     """
 
@@ -57,6 +58,7 @@ class Stage:
     incremental: bool = False
     unit: str = "images"
     more_inputs: Callable[[Config], tuple[str, ...]] = lambda config: ()
+    also_reads: Callable[[Workspace], list[Path]] = lambda workspace: []
 
     def reads(self, config: Config) -> tuple[str, ...]:
         """Names of the stages whose results it reads under ``config``."""
@@ -267,6 +269,7 @@ def _wanted(context: Context, stage: Stage) -> StageRecord:
     """The record that ``stage`` should have, before it is run."""
     settings = plain(stage.settings(context.config))
     inputs = {name: record.digest if (record := context.workspace.record(name)) else "" for name in stage.reads(context.config)}
+    inputs |= {path.name: storage.file_digest(path) for path in stage.also_reads(context.workspace) if path.is_file()}
     fingerprint = storage.digest(stage.name, stage.code_version, settings, inputs)
     return StageRecord(stage.name, fingerprint, settings, stage.code_version, inputs)
 
