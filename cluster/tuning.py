@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import ray
+import ray.util.client
 from ray import tune
 from ray.tune.search import Searcher
 
@@ -62,9 +63,13 @@ def run_trials(
         concurrent: trials at once at most; 0: as many as fit.
 
     Raises:
-        InputError: a trial does not fit the cluster.
+        InputError: a trial does not fit the cluster, or this process is joined to it by ``ray://`` only.
         Exception: what ``ask`` or ``on_event`` raised; trials that run are ended and go on when they are asked again.
     """
+    if ray.util.client.ray.is_connected():
+        raise InputError(
+            "--address ray://: a sweep is driven from a node of the cluster; take HOST:PORT there, or ray job submit"
+        )
     room = _room(group, together, concurrent)
     heard = _Hearing(on_event)
     work = Work(build, scheduler, group, together, directory.absolute(), name)
