@@ -18,7 +18,11 @@ LOW_CONTRAST = """(() => {
   const channels = text => text.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => [r, g, b].map(c => c / 255).map(c => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
     .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
-  const behind = e => { for (; e; e = e.parentElement) { const c = channels(getComputedStyle(e).backgroundColor); if (c.length < 4 || c[3] > 0) return c; }
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const c = channels(getComputedStyle(e).backgroundColor);
+      if (c.length < 4 || c[3] > 0) return c;
+    }
     return [255, 255, 255]; };
   const found = new Set();
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
@@ -27,7 +31,8 @@ LOW_CONTRAST = """(() => {
     if (!walker.currentNode.textContent.trim() || !e.getClientRects().length || e.closest('.unseen')) continue;
     const own = e.closest('svg') ? style.fill : style.color;
     const [low, high] = [light(channels(own)), light(behind(e))].sort((a, b) => a - b);
-    if ((high + .05) / (low + .05) < 4.5) found.add(e.tagName + '.' + e.getAttribute('class') + ' ' + own + ': ' + e.textContent.slice(0, 30));
+    if ((high + .05) / (low + .05) < 4.5)
+      found.add(e.tagName + '.' + e.getAttribute('class') + ' ' + own + ': ' + e.textContent.slice(0, 30));
   }
   return [...found];
 })()"""
@@ -52,7 +57,8 @@ class Browser(Page):
 
     def tap(self, x: float, y: float) -> None:
         self._call("Emulation.setTouchEmulationEnabled", enabled=True)
-        self._call("Input.synthesizeTapGesture", x=x, y=y, gestureSourceType="touch")
+        self._call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self._call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def print_colours(self) -> str:
         self._call("Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}])
