@@ -73,8 +73,8 @@ def plain_words(
     columns = [(name, posthoc)]
     columns += [(baseline, when) for when in AROUND if baseline is not None and (baseline, when) != (name, posthoc)]
     drawn = {column: side for column in columns if (side := _side(reliability.get(column[0]), column[1])) is not None}
-    levels = [(f"about {level} %", [_right(side, level) for side in drawn.values()]) for level in LEVELS]
-    levels.append(("over 95 %", [_right(side, 97.5, 2.5) for side in drawn.values()]))
+    levels = [(f"about {level}\u00a0%", [_right(side, level) for side in drawn.values()]) for level in LEVELS]
+    levels.append(("over 95\u00a0%", [_right(side, 97.5, 2.5) for side in drawn.values()]))
     levels = [row for row in levels if any(row[1])]
     heads = [f"{n}, {AROUND[when]}" for n, when in drawn]
     return PlainWords(
@@ -121,11 +121,15 @@ def _meaning(own: Predictions | None, others: Sequence[tuple[str, str, Predictio
         beside = [(n, when, found.of_100) for n, when, side in others if (found := _right(side, level)) is not None]
         text = f"When it says {level} % ({level - 5} to {level + 5} %), it is right in {right.of_100} of 100 cases"
         if beside:
-            text += f"; when {mark(beside[0][0])} says so, in {' or '.join(f'{of_100} ({when})' for _, when, of_100 in beside)}"
+            text += f"; when {mark(beside[0][0])} says so, in {' or '.join(f'{of_100} ({AROUND[when]})' for _, when, of_100 in beside)}"
         sentences.append(f"{text}.")
     said, correct = 100 * own.confidence.mean(), 100 * own.correct.mean()
     gap = said - correct
-    too = "about as sure as it should be" if abs(gap) < 1 else f"too {'sure' if gap > 0 else 'unsure'} by {abs(gap):.0f} points"
+    too = (
+        "about as sure as it should be"
+        if abs(gap) < 1
+        else f"too {'sure' if gap > 0 else 'unsure'} by {abs(gap):.0f} point{'' if round(abs(gap)) == 1 else 's'}"
+    )
     sentences.append(f"On the whole it is {too}: it says {said:.0f} % on average and is right in {correct:.0f} %.")
     return " ".join(sentences)
 

@@ -33,7 +33,7 @@ def test_the_sentence_for_somebody_who_relies_on_the_confidence():
     )
     assert words.names == ["csm, with the fitted temperature", "ce, as trained", "ce, with the fitted temperature"]
     ((level, cells),) = words.levels
-    assert level == "about 90 %"
+    assert level == "about 90\u00a0%"
     assert [cell.of_100 for cell in cells] == [88, 70, 81]
 
 
