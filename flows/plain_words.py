@@ -57,12 +57,12 @@ def plain_words(
         summary: of ``flows.summary.summary_table``.
         methods: those compared.
         reliability: their test predictions; what one without says is left out.
-        dataset, classes, images: name, number of classes and of test images.
+        dataset, classes, images: name (as it is to stand there), number of classes and of test images.
         mark: applied to every name; all the rest is fixed words and numbers.
     """
     seeds = int(summary["count"].max() or 0)  # type: ignore[arg-type]
     tried = (
-        f"{_ways(len(methods))} of training a classifier on {mark(dataset)} ({classes} classes) "
+        f"{_ways(len(methods))} of training a classifier on {dataset} ({classes} classes) "
         f"{'was' if len(methods) == 1 else 'were'} tried, {_times(seeds)}, and measured on {images:,} images that none of them had seen."
     )
     scores = summary.filter(pl.col("metric") == "nll", pl.col("posthoc").is_in([NONE, TEMPERATURE]), pl.col("mean").is_not_null())
@@ -70,16 +70,17 @@ def plain_words(
         return PlainWords(tried)
     name, posthoc = scores.sort("mean", maintain_order=True).select("method", "posthoc").row(0)
     baseline = baseline_of(methods)
-    shown_names = [name] if baseline in (None, name) else [name, str(baseline)]
-    sides = [_side(reliability.get(n), posthoc) for n in shown_names]
-    levels = [(f"about {level} %", [_right(side, level) for side in sides]) for level in LEVELS]
-    levels.append(("over 95 %", [_right(side, 97.5, 2.5) for side in sides]))
+    columns = [(name, posthoc)]
+    columns += [(baseline, when) for when in AROUND if baseline is not None and (baseline, when) != (name, posthoc)]
+    drawn = {column: side for column in columns if (side := _side(reliability.get(column[0]), column[1])) is not None}
+    levels = [(f"about {level}\u00a0%", [_right(side, level) for side in drawn.values()]) for level in LEVELS]
+    levels.append(("over 95\u00a0%", [_right(side, 97.5, 2.5) for side in drawn.values()]))
     levels = [row for row in levels if any(row[1])]
-    heads = [f"{n}, {AROUND[posthoc]}" for n in shown_names]
+    heads = [f"{n}, {AROUND[when]}" for n, when in drawn]
     return PlainWords(
         tried,
         _best(summary, methods, name, posthoc, mark),
-        _meaning(sides, shown_names, mark),
+        _meaning(drawn.get((name, posthoc)), [(n, when, side) for (n, when), side in drawn.items() if n != name], mark),
         _caveats(summary, methods, name, posthoc, seeds, mark),
         heads,
         levels,
@@ -109,23 +110,26 @@ def _best(summary: pl.DataFrame, methods: Sequence[Method], name: str, posthoc: 
     return f"{lead}{right}{beside}{'.' if right else ''}"
 
 
-def _meaning(sides: Sequence[Predictions | None], names: Sequence[str], mark: Callable[[str], str]) -> str:
+def _meaning(own: Predictions | None, others: Sequence[tuple[str, str, Predictions]], mark: Callable[[str], str]) -> str:
     """What its confidence is worth: how often it is right when it says 90 %, and whether it is too sure on the whole."""
-    own = sides[0]
     if own is None:
         return ""
     sentences = []
-    for level in TOLD:
-        right = _right(own, level)
-        if right is None:
-            continue
+    told = next(((level, right) for level in TOLD if (right := _right(own, level)) is not None), None)
+    if told is not None:
+        level, right = told
+        beside = [(n, when, found.of_100) for n, when, side in others if (found := _right(side, level)) is not None]
         text = f"When it says {level} % ({level - 5} to {level + 5} %), it is right in {right.of_100} of 100 cases"
-        other = _right(sides[1], level) if len(sides) > 1 else None
-        sentences.append(text + (f"; when {mark(names[1])} says so, in {other.of_100}." if other else "."))
-        break
+        if beside:
+            text += f"; when {mark(beside[0][0])} says so, in {' or '.join(f'{of_100} ({AROUND[when]})' for _, when, of_100 in beside)}"
+        sentences.append(f"{text}.")
     said, correct = 100 * own.confidence.mean(), 100 * own.correct.mean()
     gap = said - correct
-    too = "about as sure as it should be" if abs(gap) < 1 else f"too {'sure' if gap > 0 else 'unsure'} by {abs(gap):.0f} points"
+    too = (
+        "about as sure as it should be"
+        if abs(gap) < 1
+        else f"too {'sure' if gap > 0 else 'unsure'} by {abs(gap):.0f} point{'' if round(abs(gap)) == 1 else 's'}"
+    )
     sentences.append(f"On the whole it is {too}: it says {said:.0f} % on average and is right in {correct:.0f} %.")
     return " ".join(sentences)
 
@@ -145,7 +149,7 @@ def _caveats(
     p = column_of(summary, "nll", posthoc).filter(method=name)["p_holm"]
     if is_compared(summary) and baseline not in (None, name) and len(p) and p[0] is not None:
         value = "less than 0.001" if p[0] < 0.001 else f"{p[0]:.2g}"
-        firm = "more than chance explains" if p[0] < SIGNIFICANT else "may be chance"
+        firm = "is more than chance explains" if p[0] < SIGNIFICANT else "may be chance"
         found.append(
             f"That {mark(name)} fits better than {mark(str(baseline))} {firm} (p {'' if p[0] < 0.001 else '= '}{value})."
         )

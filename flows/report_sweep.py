@@ -78,8 +78,10 @@ def lay_out(frame: pl.DataFrame, parameters: Sequence[str], metrics: Sequence[st
     columns = [f"{split}.{metric}" for split in splits for metric in metrics]
     heads = [f"{'validation' if name.startswith('val.') else 'test'} {label(name.partition('.')[2])}" for name in columns]
 
+    short = short_names(parameters)
+
     def trial(row: Mapping[str, Any]) -> Trial:
-        settings = [(key, setting(row[f"param.{key}"])) for key in parameters if row[f"param.{key}"] is not None]
+        settings = [(short[key], setting(row[f"param.{key}"])) for key in parameters if row[f"param.{key}"] is not None]
         error = (row["error"] or "").strip()
         return Trial(
             row["trial"], str(row["rank"] or ""), bool(row["pareto"]), settings, [_figure(row, name) for name in columns], error
@@ -128,6 +130,16 @@ def importances(value: Any, objective: str) -> list[tuple[str, str, float]]:
         if isinstance(record.get("share"), int | float) and math.isfinite(record["share"])
     ]
     return sorted(shares, key=lambda item: -item[2])
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Each dotted key by its last parts, as few as tell it from the others."""
+    found = {}
+    for key in keys:
+        parts = key.split(".")
+        ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+        found[key] = next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
+    return found
 
 
 def label(metric: str) -> str:

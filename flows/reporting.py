@@ -174,7 +174,7 @@ def render(report: Report) -> str:
         summary,
         report.methods,
         report.reliability,
-        dataset=counted.name,
+        dataset=str(escape(counted.name)),
         classes=len(counted.class_names),
         images=counted.split_counts.get(report.split, 0),
         mark=lambda name: f"<b>{escape(name)}</b>",
