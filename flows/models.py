@@ -1,11 +1,83 @@
-"""The finished models that a user can name."""
+"""Finished models by what a user calls them: a folder, a workspace, or a name in MLflow's registry."""
 
+import logging
+import os
+import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from csm.calibrated import CalibratedClassifier, load_calibrated
+from csm.errors import InputError
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+FILES = ("model.json", "model.safetensors")
+# Where `model.json` lies below what is given: the folder itself, a workspace, an MLflow model.
+PLACES = (".", "model", "artifacts")
 
 
 def open_model(text: str, tracking_uri: str | None = None) -> CalibratedClassifier:
-    """The model in a folder with ``model.json``, or in ``model/`` of a workspace."""
+    """The finished model that ``--model`` names, in evaluation mode. No code that comes with it is run.
+
+    Args:
+        text: a folder with ``model.json``, a workspace, the folder of an MLflow model, or a URI of MLflow: ``models:/NAME/VERSION``,
+            ``models:/NAME@ALIAS``, ``runs:/RUN_ID/model``.
+        tracking_uri: the MLflow store of such a URI; None: MLFLOW_TRACKING_URI.
+
+    Raises:
+        InputError: there is no such model, or it is damaged or no finished one.
+    """
+    if text.startswith(("models:/", "runs:/")):
+        return _fetch(text, tracking_uri)
+    if "://" in text:
+        raise InputError(f"--model {text}: give a folder, models:/NAME/VERSION or runs:/RUN_ID/model with --tracking-uri")
     root = Path(text)
-    return load_calibrated(root if (root / "model.json").is_file() else root / "model")
+    for place in PLACES:
+        if (root / place / "model.json").is_file():
+            return load_calibrated(root / place)
+    reason = "does not exist" if not root.exists() else "holds no model.json" if root.is_dir() else "is a file, not a folder"
+    raise InputError(
+        f"--model {text}: {reason}; give a workspace in which `csm train` ended, or its folder model, or models:/NAME/VERSION"
+    )
+
+
+def _fetch(uri: str, tracking_uri: str | None) -> CalibratedClassifier:
+    store = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not store:
+        raise InputError(f"--model {uri}: in which store? give --tracking-uri, such as sqlite:////FOLDER/workspace/mlflow.db")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow.artifacts import download_artifacts  # seconds to import
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with TemporaryDirectory() as folder:
+        try:
+            source = _source(MlflowClient(store), uri) if uri.startswith("models:/") else uri.rstrip("/")
+            for name in FILES:
+                download_artifacts(f"{source}/artifacts/{name}", dst_path=folder, tracking_uri=store)
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"--model {uri}: {store} does not give it ({reason})") from None
+        found = next(path.parent for path in Path(folder).rglob(FILES[0]))
+        return load_calibrated(found)
+
+
+def _source(client: "MlflowClient", uri: str) -> str:
+    """Where the files of a registered model lie. MLflow's own way would ask the store of the whole process, and make one if it lacks it."""
+    matched = re.fullmatch(r"models:/+([^/@]+)(?:/(\d+|latest)|@([^/]+))", uri)
+    if matched is None:
+        raise InputError(f"--model {uri}: expected models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
+    name, version, alias = matched.groups()
+    if alias:
+        version = client.get_model_version_by_alias(name, alias).version
+    elif version == "latest":
+        versions = client.search_model_versions(f"name = '{name}'")
+        if not versions:
+            raise InputError(f"--model {uri}: the registry has no version of {name!r}")
+        version = max(int(known.version) for known in versions)
+    return str(client.get_model_version_download_uri(name, str(version)))

@@ -220,9 +220,7 @@ def _npz(file: Path, split: str | None) -> ImageSource:
     pairs = {part: next((keys for keys in KEYS[part] if keys[0] in arrays), None) for part in tables.SPLITS}
     chosen = {part: keys for part, keys in pairs.items() if keys is not None}
     if not chosen:
-        raise InputError(
-            f"{file}: no images; expected arrays images, x_test or test_images (and labels, y_test or test_labels)"
-        )
+        raise InputError(f"{file}: no images; expected arrays images, x_test or test_images (and labels, y_test or test_labels)")
     if split is not None and split in chosen:
         chosen = {split: chosen[split]}
     elif split is not None and chosen.get("train", ("",))[0] != "images":
