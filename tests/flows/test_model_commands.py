@@ -18,6 +18,8 @@ from csm.classifiers import ClassifierSpec, build_classifier, load_classifier
 from csm.posthoc import Posthoc, apply_posthoc
 from flows import cli
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # small arrays: threads that wait for each other cost more than they save
+
 NAMES = ("cat", "dog [big]", "owl")
 
 
