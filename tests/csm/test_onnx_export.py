@@ -61,7 +61,7 @@ def test_every_posthoc_method_that_can_be_exported(posthoc, tmp_path, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["resnet18", "wide-resnet-28-10", "densenet121"])
+@pytest.mark.parametrize("network", ["resnet18", "wide-resnet-28-10"])
 def test_networks(network, tmp_path, capfd):
     check(make(network), tmp_path / "model.onnx", capfd)
 

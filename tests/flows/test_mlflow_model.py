@@ -18,7 +18,6 @@ from mlflow.exceptions import MlflowException
 from csm.calibrated import load_calibrated
 from flows.mlflow_model import save_mlflow
 
-HERE = Path(__file__).parents[2]
 ALONE = """
 import json, sys
 import mlflow.pyfunc, numpy as np
@@ -36,8 +35,9 @@ def images():
 
 
 def elsewhere():
-    """An environment in which this checkout cannot be imported, but for what the interpreter was installed with."""
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    """An environment in which this checkout cannot be imported, but for what the interpreter was installed with; MLflow calls uvicorn."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**{name: value for name, value in os.environ.items() if name != "PYTHONPATH"}, "PATH": path}
 
 
 def test_it_runs_in_a_process_of_its_own_on_the_code_in_its_folder(modelled, images, tmp_path):
