@@ -110,5 +110,13 @@ def _quieten() -> None:
     """Ray's own progress bars and chatter give way to ours; warnings and errors stay."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    for name in ("ray.data", "ray.train", "ray.tune"):
+    # Tune: no files for TensorBoard, no state of its own beside ours, Ctrl-C is ours, and what fails is told by `cluster.tuning`.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1e9")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # most reports only tell of epochs
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)

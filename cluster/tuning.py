@@ -1,0 +1,186 @@
+"""Sweeps over trainings on Ray Tune: trials are asked for one by one, raced against each other, and heard of in the driver."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from cluster.resources import Group, group_size
+from cluster.tuning_schedulers import build_scheduler
+from cluster.tuning_trials import Build, Race, Work, note_stop, train_trial
+from csm.errors import InputError
+
+RETRIES = 3  # of a trial whose process was lost
+
+
+class TrialEvent(NamedTuple):
+    """What the driver hears of a trial: that it started, an epoch of one of its seeds, and how it ended."""
+
+    trial: int
+    kind: Literal["started", "epoch", "done", "stopped", "failed"]
+    seed: int
+    epoch: int
+    values: dict[str, float]
+    error: str
+
+
+def run_trials(
+    ask: Callable[[], tuple[int, dict[str, Any]] | None],
+    build: Build,
+    scheduler: Race,
+    group: Group,
+    together: int,
+    directory: Path,
+    name: str,
+    on_event: Callable[[TrialEvent], None],
+    concurrent: int = 0,
+) -> None:
+    """Train the trials that ``ask`` gives, several at once, until it gives None.
+
+    A trial trains its specs one after the other with ``csm.runs.fit_run``, in a process that goes on with the next trial; with
+    ``together`` above 1, each by a Ray Train group of that many workers. A trial that fails leaves the others alone; one whose process is
+    lost goes on from its last state, up to three times. One that was trained before, or in part, is asked again by the caller: it only
+    repeats what it has behind it, so ``on_event`` hears all of it again and the scheduler compares with it, and it is not trained twice.
+
+    Args:
+        ask: gives a number, never twice the same, and values. Called in the driver when there is room, after ``on_event`` had the ends of
+            all earlier trials that ended.
+        build: (number, values) -> a ``RunSpec`` for each seed, with absolute paths on storage that every node sees; picklable, as it is
+            called in the process of the trial.
+        scheduler: who trains on.
+        group: what each trial takes or, with ``together`` above 1, each of its workers; ``workers``: all at once, 0 for as many as fit.
+        together: workers that train each run.
+        directory: where Ray keeps its own records.
+        name: of the sweep, for those records.
+        on_event: called in the driver: "started", then the epochs of each seed in order, each once, then one of "done", "stopped" (by
+            the scheduler) and "failed" with a line of error (``cluster.training.BY_USER`` begins it if the user can mend it).
+        concurrent: trials at once at most; 0: as many as fit.
+
+    Raises:
+        InputError: a trial does not fit the cluster.
+        Exception: what ``ask`` or ``on_event`` raised; trials that run are ended and go on when they are asked again.
+    """
+    room = _room(group, together, concurrent)
+    heard = _Hearing(on_event)
+    work = Work(build, scheduler, group, together, directory.absolute(), name)
+    resources = {"cpu": 0} if together > 1 else {"cpu": group.cpus, "gpu": group.gpus}
+    try:
+        tune.run(
+            tune.with_resources(tune.with_parameters(train_trial, work=work), resources),
+            name=name,
+            storage_path=str(directory.absolute()),
+            num_samples=-1,
+            search_alg=_Asking(ask, room),
+            scheduler=build_scheduler(scheduler),
+            callbacks=[heard],
+            max_failures=RETRIES,
+            raise_on_failed_trial=False,  # `heard` has told of it
+            reuse_actors=together == 1,  # the group of a trial that is stopped ends with its process
+            trial_dirname_creator=lambda trial: f"{trial.config['number']:04d}-{trial.trial_id}",
+            verbose=0,
+        )
+    except BaseException:
+        heard.end_processes()
+        raise
+    if heard.open:
+        raise RuntimeError(f"{len(heard.open)} trials have no end, among them trial {min(heard.open)}: run again")
+
+
+def _room(group: Group, together: int, concurrent: int) -> int:
+    """Trials that fit at once."""
+    if together > 1 and 0 < group.gpus < 1:
+        raise InputError(f"resources.train.gpus: expected 0 or at least 1 for each of {together} workers, got {group.gpus:g}")
+    least = replace(group, workers=max(group.workers, together) if group.workers else 0)
+    room = group_size(least, 10**9, ray.cluster_resources()) // together
+    if room == 0:
+        group_size(replace(group, workers=together), together, ray.cluster_resources())  # says what does not fit
+    return min(room, concurrent) if concurrent else room
+
+
+class _Asking(Searcher):
+    """Tune's way of asking for trials."""
+
+    def __init__(self, ask: Callable[[], tuple[int, dict[str, Any]] | None], room: int) -> None:
+        super().__init__()
+        self.ask, self.room = ask, room
+        self.running: set[str] = set()
+
+    def suggest(self, trial_id: str) -> Any:
+        if len(self.running) >= self.room:
+            return None
+        asked = self.ask()
+        if asked is None:
+            return Searcher.FINISHED
+        self.running.add(trial_id)
+        return {"number": asked[0], "values": asked[1]}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self.running.discard(trial_id)
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Who asks remembers, not Tune."""
+
+    def save(self, checkpoint_path: str) -> None: ...
+
+    def restore(self, checkpoint_path: str) -> None: ...
+
+
+class _Hearing(tune.Callback):
+    """Turns Tune's results into events, and gives them to ``on_event`` at the end of a step, where Tune lets its errors through."""
+
+    def __init__(self, on_event: Callable[[TrialEvent], None]) -> None:
+        self.on_event = on_event
+        self.waiting: list[TrialEvent] = []
+        self.open: set[int] = set()  # numbers of trials that have started and not ended
+        self.epochs: dict[tuple[int, int], int] = {}  # (number, seed) -> the last one heard: a trial tried again repeats them
+        self.stops: dict[int, dict[str, Any]] = {}  # number -> arguments of `note_stop`, of those that the scheduler ended
+        self.trials: Sequence[Any] = ()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.trials = trials
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        while self.waiting:
+            event = self.waiting.pop(0)
+            if event.trial in self.stops:
+                note_stop(**self.stops.pop(event.trial))
+            self.on_event(event)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        number = trial.config["number"]
+        if number not in self.open:
+            self.open.add(number)
+            self.waiting.append(TrialEvent(number, "started", 0, 0, {}, ""))
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        number = trial.config["number"]
+        for seed, epoch, values in result.pop("events"):
+            if epoch > self.epochs.get((number, seed), 0):
+                self.epochs[number, seed] = epoch
+                self.waiting.append(TrialEvent(number, "epoch", seed, epoch, values, ""))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        last = trial.last_result
+        if "end" not in last:
+            self.stops[trial.config["number"]] = last["stop"]
+        self._end(trial, last.get("end", "stopped"), last.get("error", ""))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial, "failed", f"its process was lost {RETRIES + 1} times: killed, or out of memory")
+
+    def _end(self, trial: Any, kind: Any, error: str) -> None:
+        number = trial.config["number"]
+        self.open.discard(number)
+        self.waiting.append(TrialEvent(number, kind, 0, 0, {}, error))
+
+    def end_processes(self) -> None:
+        """Kill those that still train."""
+        for trial in self.trials:
+            if trial.temporary_state.ray_actor is not None:
+                with suppress(Exception):
+                    ray.kill(trial.temporary_state.ray_actor)

@@ -1,0 +1,179 @@
+"""One trial of a sweep, in its own process: the trainings of its specs, one after the other."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import ray.tune
+import torch
+
+from cluster.resources import Group
+from cluster.streaming import open_stream
+from cluster.training import TrainingError, fit_many
+from csm import storage
+from csm.errors import InputError
+from csm.runs import RunSpec, fit_run, is_finished
+
+Build = Callable[[int, Mapping[str, Any]], tuple[RunSpec, ...]]
+History = list[dict[str, float]]
+REPORT_SECONDS = 1.0  # between two reports that nothing depends on: each is a round trip during which the training waits
+
+
+@dataclass(frozen=True)
+class Race:
+    """Which trials train on: what the scheduler sees are the epochs of a trial's first seed.
+
+    Attributes:
+        kind: all to the end ("none"), asynchronous successive halving ("asha") or population-based training ("pbt").
+        metric: of an epoch, a key of what ``csm.training.fit`` tells: ``val_nll``, ``val_accuracy``, ``val_ece``.
+        mode: "min" or "max", which is better.
+        grace: of "asha": epochs before the first comparison.
+        reduction: of "asha": one in so many goes on, and the next comparison is at so many times the epoch.
+        interval: of "pbt": epochs between two comparisons.
+        epochs: of the longest training.
+    """
+
+    kind: Literal["none", "asha", "pbt"] = "none"
+    metric: str = "val_nll"
+    mode: Literal["min", "max"] = "min"
+    grace: int = 10
+    reduction: int = 3
+    interval: int = 10
+    epochs: int = 60
+
+    def decides(self, epoch: int) -> bool:
+        """Whether trials are compared after ``epoch``."""
+        if self.kind == "asha":
+            rung = self.grace
+            while rung < epoch:
+                rung *= self.reduction
+            return rung == epoch
+        return self.kind == "pbt" and epoch % self.interval == 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is the same for all trials of a sweep; see ``cluster.tuning.run_trials``."""
+
+    build: Build
+    race: Race
+    group: Group
+    together: int
+    directory: Path
+    name: str
+
+
+def train_trial(config: dict[str, Any], work: Work) -> None:
+    """Train trial ``config["number"]`` with ``config["values"]``, in a Tune actor.
+
+    Every report holds ``events``: (seed, epoch, values) of the epochs since the last one. One on which the scheduler decides has the
+    epoch and its metric as well, and what ``note_stop`` needs. The last one has ``end``: "done", "stopped" or "failed", the latter with
+    ``error``.
+    """
+    report = _Report()
+    try:
+        ending = _train(config["number"], config["values"], work, report)
+    except TrainingError as error:
+        ending = {"end": "failed", "error": next(iter(error.errors.values()))}
+    except Exception as error:  # whatever it is, it ends this trial alone, and the driver tells it
+        ending = {"end": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    report.send(**ending, done=True)
+
+
+class _Report:
+    """What the driver is still to be told."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[int, int, dict[str, float]]] = []
+        self.last = time.monotonic()
+
+    def add(self, seed: int, epoch: int, values: dict[str, float]) -> None:
+        self.events.append((seed, epoch, values))
+        if time.monotonic() - self.last >= REPORT_SECONDS:
+            self.send()
+
+    def send(self, **fields: Any) -> None:
+        """Tell it; comes back when the driver wants the trial to go on, and ends the thread if it does not."""
+        ray.tune.report({"events": self.events, **fields})
+        self.events, self.last = [], time.monotonic()
+
+
+def _train(number: int, values: Mapping[str, Any], work: Work, report: _Report) -> dict[str, Any]:
+    """Train what is to be trained; gives the fields of the last report."""
+    specs, race = work.build(number, values), work.race
+    first = specs[0]
+    history: History = []  # of the first seed
+    final: dict[str, Any] = {}
+
+    def tell(spec: RunSpec, epoch: int, values: dict[str, float], replayed: bool = False) -> None:
+        nonlocal final
+        if spec is not first or race.kind == "none":
+            report.add(spec.seed, epoch, values)
+            return
+        if race.metric not in values:
+            raise InputError(f"tune.scheduler.metric: a training tells {', '.join(values)} of an epoch, not {race.metric}")
+        seen = {"epoch": epoch, race.metric: values[race.metric]}
+        history.append({"epoch": epoch, **values})
+        report.events.append((spec.seed, epoch, values))
+        if epoch == spec.optimizer.epochs:
+            final = seen  # it waits for the other seeds: with it, the scheduler has all of the trial
+        elif race.decides(epoch):
+            stop = {"directory": str(spec.directory), "fingerprint": spec.fingerprint, "history": history}
+            report.send(**seen, stop=stop, replayed=replayed)
+
+    stopped = stopped_history(first)
+    for spec in specs:
+        for record in stopped or _history(spec):
+            past = dict(record)
+            tell(spec, int(past.pop("epoch")), past, replayed=True)
+        if stopped:
+            return {"end": "stopped"}
+        _fit(spec, partial(tell, spec), number, work)
+    return {"end": "done", **final}
+
+
+def _fit(spec: RunSpec, on_epoch: Callable[[int, dict[str, float]], None], number: int, work: Work) -> None:
+    """Train ``spec`` here, or by a worker group of its own."""
+    if is_finished(spec):
+        return
+    if work.together > 1:
+        group = replace(work.group, workers=work.together)
+        fit_many(
+            [spec],
+            group,
+            work.directory,
+            f"{work.name}-trial-{number}-seed{spec.seed}",
+            lambda event: on_epoch(event.epoch, event.values) if event.kind == "epoch" else None,
+            work.together,
+        )
+        return
+    torch.set_num_threads(max(1, round(work.group.cpus)))
+    device = torch.device("cuda" if work.group.gpus else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as cluster.training.worker_device
+    fit_run(spec, on_epoch, device, stream=open_stream)
+
+
+def _history(spec: RunSpec) -> History:
+    """The epochs that ``spec`` has behind it."""
+    if is_finished(spec):
+        history: History = storage.read_json(spec.directory / "history.json")
+        return history
+    path = spec.directory / "state.pt"
+    state = storage.read_state(path) if path.is_file() else {}
+    return list(state["history"]) if state.get("fingerprint") == spec.fingerprint else []
+
+
+def note_stop(directory: str, fingerprint: str, history: History) -> None:
+    """Write down that the scheduler ended the trial whose first run is in ``directory``, so that it is not trained again."""
+    storage.write_json(Path(directory) / "stopped.json", {"fingerprint": fingerprint, "history": history})
+
+
+def stopped_history(spec: RunSpec) -> History:
+    """The epochs of a trial that the scheduler ended; none if it did not."""
+    path = spec.directory / "stopped.json"
+    record = storage.read_json(path) if path.is_file() else {}
+    return list(record["history"]) if record.get("fingerprint") == spec.fingerprint else []
