@@ -79,21 +79,25 @@ def _run_verb(
     workspace: Path,
     address: str,
     forced: tuple[str, ...],
+    tracking_uri: str,
+    experiment: str,
     as_json: bool,
     debug: bool,
 ) -> None:
     from csm.errors import InputError
     from flows.config import load_config
+    from flows.tracking_address import Address, masked
 
     started = time.monotonic()
     resolved = load_config(config, overrides)  # before the rest is imported: a wrong name is told sooner
+    tracking = Address(tracking_uri, experiment)
     from flows.run import STAGES, results_tables, run_verb
 
     for stage in forced:
         if stage not in STAGES:
             raise InputError(f"--force {stage}: unknown stage; one of {', '.join(STAGES)}")
-    line = " ".join(["csm", *sys.argv[1:]])
-    result = run_verb(verb, resolved, workspace, address, line, forced)
+    line = masked(" ".join(["csm", *sys.argv[1:]]))
+    result = run_verb(verb, resolved, workspace, address, line, forced, tracking)
     result["seconds"] = round(time.monotonic() - started, 3)
     if verb in ("run", "evaluate", "report") and result["metrics"]:
         for table in results_tables(resolved, workspace):

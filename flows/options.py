@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from flows.tracking_address import EXPERIMENT
+
 CONFIG_OPTIONS = (
     click.option("--config", default="demo", show_default=True, help="Name of a bundled configuration, or a .yaml file."),
     click.option(
@@ -15,6 +17,17 @@ CONFIG_OPTIONS = (
     click.option(
         "--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True, help="Where all goes."
     ),
+)
+TRACKING_OPTIONS = (
+    click.option(
+        "--tracking-uri",
+        envvar="MLFLOW_TRACKING_URI",
+        default="",
+        metavar="URI",
+        help="MLflow store of the runs: http://HOST:PORT, postgresql://..., sqlite:///FILE.  "
+        "[default: $MLFLOW_TRACKING_URI, else the workspace's]",
+    ),
+    click.option("--experiment", default=EXPERIMENT, show_default=True, help="Experiment of the runs in MLflow."),
 )
 OUTPUT_OPTIONS = (
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."),
@@ -28,6 +41,7 @@ SHARED_OPTIONS = (
     click.option(
         "--force", "forced", multiple=True, metavar="STAGE", help="Do a stage again though nothing changed; repeatable."
     ),
+    *TRACKING_OPTIONS,
     *OUTPUT_OPTIONS,
 )
 

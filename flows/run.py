@@ -36,6 +36,7 @@ from flows.result_tables import posthoc_table, shift_table, terminal_table
 from flows.shift_summary import shift_tables
 from flows.stages import Context, refuse_replacing, require, run_stage
 from flows.summary import summary_table
+from flows.tracking_address import OWN, Address
 
 STAGES = {
     stage.name: stage
@@ -65,7 +66,13 @@ VERBS |= {"annotate": ("fit-annotators", "annotate"), "run": tuple(name for name
 
 
 def run_verb(
-    verb: str, config: Config, workspace: Path, address: str = "local", command: str = "", forced: Sequence[str] = ()
+    verb: str,
+    config: Config,
+    workspace: Path,
+    address: str = "local",
+    command: str = "",
+    forced: Sequence[str] = (),
+    tracking: Address = OWN,
 ) -> dict[str, Any]:
     """Run the stages of ``verb`` in ``workspace`` and return what ``--json`` prints.
 
@@ -76,11 +83,12 @@ def run_verb(
     if "generator" in VERBS[verb]:
         generator.check_generator(verb, config.generator)
     with open_workspace(workspace) as opened, terminable():
-        context = Context(config, opened, STAGES, address, command, frozenset(forced))
+        context = Context(config, opened, STAGES, address, command, frozenset(forced), tracking)
         status = "FAILED"
         names = verb_stages(verb, config)
         try:
             refuse_replacing(context, names)
+            context.send_waiting()
             if verb in ("plan", "evaluate"):  # what it lacks is said before the teacher is trained, or shift sets are made
                 require(context, verb, [name for name in STAGES[verb].reads(config) if name not in names])
             if address != "local" and not RAY_STAGES.isdisjoint(names):

@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 
 from cluster.session import session
 from csm import storage, tables
+from csm.datasets import DatasetInfo, RealDataset
 from csm.errors import InputError
 from flows.artifacts import StageRecord, Workspace, differences
 from flows.config import Config, plain
 from flows.progress import say
 from flows.tracking import Tracker
+from flows.tracking_address import OWN, Address
+from flows.tracking_inputs import real_input
+from flows.tracking_spool import waits
 
 
 class Made(NamedTuple):
@@ -69,30 +73,54 @@ class Context:
     address: str = "local"
     command: str = ""
     forced: frozenset[str] = frozenset()
+    tracking: Address = OWN
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     _resources: ExitStack = field(default_factory=ExitStack)
     _tracker: Tracker | None = None
+    _sender: Tracker | None = None  # the same, before the parent run is open
     _connected: bool = False
 
     @property
     def tracker(self) -> Tracker:
         """The tracking store, with the parent run open; made when first needed."""
         if self._tracker is None:
-            tracker = Tracker(self.workspace.root)
+            tracker = self._open_tracker()
             tags = {"csm.config": self.config.name, "csm.kind": "pipeline", "mlflow.note.content": self.config.description}
             tracker.open_run(self.parent_key, self.config.name, tags, plain_settings(self.config))
+            tracker.watch(self.parent_key)
             self._tracker = tracker
+            self.name_data()
         return self._tracker
+
+    def send_waiting(self) -> None:
+        """Begin to send what an earlier command could not, if there is any."""
+        if waits(self.workspace.root, self.tracking.name):
+            self._open_tracker()
+
+    def name_data(self) -> None:
+        """Name the data set, once it is there, in the parent run."""
+        if (info := self.data) is not None:
+            self.tracker.set_tags(self.parent_key, {"csm.dataset": info.name})
+            self.tracker.log_inputs(self.parent_key, [real_input(info, self.workspace.root)])
+
+    @property
+    def data(self) -> DatasetInfo | None:
+        """The data set of the workspace, if it is prepared."""
+        return RealDataset.load_info(self.workspace.root) if self.workspace.dataset.is_file() else None
+
+    def _open_tracker(self) -> Tracker:
+        if self._sender is None:
+            self._sender = Tracker(self.workspace.root, self.tracking, self.command)
+        return self._sender
 
     @property
     def parent_key(self) -> str:
         return f"pipeline {storage.digest(plain_settings(self.config))}"
 
-    def child(self, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> str:
-        """Open the child run ``key`` of the parent run and return its key."""
-        tracker = self.tracker
-        parent = tracker.run_id(self.parent_key)
-        tracker.open_run(key, name, tags, params, parent)
+    def child(self, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any], parent: str | None = None) -> str:
+        """Open the child run ``key`` of the run under key ``parent`` (none: the parent run) and return its key."""
+        data = {"csm.dataset": info.name} if (info := self.data) else {}
+        self.tracker.open_run(key, name, {**data, **tags}, params, parent or self.parent_key)
         return key
 
     def connect(self) -> None:
@@ -109,7 +137,11 @@ class Context:
             if self._tracker is not None:
                 self._tracker.close_run(self.parent_key, status)
         finally:
-            self._resources.close()
+            try:
+                if self._sender is not None:
+                    self._sender.close()
+            finally:
+                self._resources.close()
 
 
 def run_stage(context: Context, name: str) -> None:
@@ -150,6 +182,8 @@ def run_stage(context: Context, name: str) -> None:
     seconds = round(time.monotonic() - started, 3)
     context.tracker.log_metrics(key, {"seconds": spent + seconds, "rows": float(made.rows)})
     context.tracker.close_run(key)
+    if name == "prepare":
+        context.name_data()
     workspace.write_record(replace(wanted, done=True, digest=made.digest, rows=made.rows, seconds=round(spent + seconds, 3)))
     context.outcomes[name] = {"seconds": seconds, "reused": False, "rows": made.rows}
     say(f"{name}: done, {made.rows:,} {stage.unit} in {seconds:.1f} s")

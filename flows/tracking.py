@@ -1,154 +1,325 @@
-"""MLflow, and nothing else knows it: one parent run for each configuration, one child run for each stage and each classifier.
+"""Tracking in MLflow: one parent run for each configuration, one child run for each stage and each classifier.
 
-Run ids are kept in ``tracking.json`` beside the store, under a key that is equal when the work is, so work that goes on after an
-interruption goes on in its run, and work that is not done again makes no run.
+Everything is written to a spool in the workspace (``flows/tracking_spool.py``), from which a thread of the driver sends it to the
+store (``flows/tracking_store.py``): a store that is down or slow neither stops nor delays the work, and what a command could not send,
+the next one sends. Runs are named by a key that is equal when the work is, so work that goes on after an interruption goes on in its run,
+and work that is not done again makes no run.
 """
 
-import errno
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from sqlalchemy.exc import SQLAlchemyError
+from mlflow.utils.validation import _validate_metric_name, _validate_model_name, _validate_param_name, _validate_tag_name
 
-from csm import storage
 from csm.errors import InputError
+from flows.progress import say
+from flows.tracking_address import OWN, Address
+from flows.tracking_inputs import origin_tags
+from flows.tracking_spool import Record, Spool
+from flows.tracking_store import AwayError, RefusedError, Store, short, store_uri
+from flows.tracking_system import SystemMetrics, wanted
 
-EXPERIMENT = "csm"
-BATCH = 1000  # MLflow takes at most this many metrics a call
 PARAM_CHARACTERS = 6000
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    """What SQLite says of a disk that takes no more becomes the system's own error, which the command line explains.
-
-    Raises:
-        OSError: the disk is full or broken.
-    """
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError) as error:
-        for words, code in (("database or disk is full", errno.ENOSPC), ("disk I/O error", errno.EIO)):
-            if words in str(error):
-                raise OSError(code, os.strerror(code), "mlflow.db") from error
-        raise
+TAG_CHARACTERS = 5000
+PATIENCE = 5.0  # seconds without a record sent that the end of a command waits for a server
+LONGEST = 15.0  # seconds that it waits in all
+RETRY = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between tries of a store that does not answer
+SAVE_SECONDS = 5.0  # between two writes of the index while records wait
+__all__ = ["PARAM_CHARACTERS", "Tracker", "flatten", "store_uri"]
 
 
 class Tracker:
-    """Writes to the store of one workspace, from the driver's process."""
+    """Writes the runs of one workspace to a store, from the driver's process.
 
-    def __init__(self, workspace: Path) -> None:
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        logging.getLogger("alembic").setLevel(logging.ERROR)
-        for name in ("mlflow.store.db.utils", "sqlalchemy.pool"):  # they log what they raise, with the traceback; Ctrl-C too
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        self._index_path = workspace / "tracking.json"
-        self._index: dict[str, dict[str, Any]] = storage.read_json(self._index_path) if self._index_path.is_file() else {}
-        try:
-            with _writing():
-                self._client = MlflowClient(store_uri(workspace))
-                experiment = self._client.get_experiment_by_name(EXPERIMENT)
-        except (MlflowException, SQLAlchemyError) as error:
-            reason = " ".join(str(error).split())[:120]
-            store = workspace / "mlflow.db"
-            raise InputError(
-                f"{store} is not a usable MLflow store ({reason}): move it away and run again, tracking starts anew"
-            ) from None
-        self._experiment = (
-            experiment.experiment_id
-            if experiment
-            else self._client.create_experiment(
-                EXPERIMENT,
-                artifact_location=(workspace / "mlartifacts").absolute().as_uri(),
-                tags={"mlflow.experimentKind": "custom_model_development"},  # the UI then opens on runs, not on traces
-            )
-        )
+    Raises:
+        InputError: the store is a file that is no MLflow database; said by the call after the one that met it, too.
+        OSError: the disk of the workspace takes no more.
+    """
 
-    @_writing()
+    def __init__(self, workspace: Path, address: Address = OWN, command: str = "") -> None:
+        _prepare(address)
+        self._address = address
+        self._origin = origin_tags(command)
+        self._store = Store(workspace, address)
+        if address.is_local:
+            self._store.connect()
+        self._spool = Spool(workspace, address.name)
+        self._status: dict[str, str] = {}  # status of runs by key, which the store may not know yet
+        self._opened: dict[str, int] = {}  # when runs were opened, in ms
+        for record in self._spool.records():
+            if record.get("do") == "open":
+                self._opened.setdefault(record["key"], record["time"])
+            if record.get("do") == "close":
+                self._status[record["key"]] = record["status"]
+        self._change = threading.Condition(threading.RLock())  # held by whoever touches the spool
+        self._ending = self._gone = False
+        self._time = 0
+        self._tries = 0  # that failed since the store last answered
+        self._error: BaseException | None = None
+        self._said: set[str] = set()
+        self._system: tuple[str, SystemMetrics] | None = None  # of the run under that key
+        self._sender = threading.Thread(target=self._send_all, name="tracking", daemon=True)
+        self._sender.start()
+
     def open_run(self, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any], parent: str | None = None) -> str:
-        """Return the run kept under ``key``, or make it, as a child of run ``parent`` if given; its status becomes running."""
-        known = self._index.get(key)
-        if known and self._exists(known["run_id"]):
-            self._client.update_run(known["run_id"], status=RunStatus.to_string(RunStatus.RUNNING))
-            return str(known["run_id"])
-        family = {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
-        run_id: str = self._client.create_run(self._experiment, run_name=name, tags={**tags, **family}).info.run_id
-        self._index[key] = {"run_id": run_id, "step": -1}
-        self._save()  # at once: a session that is killed from here on makes no second run
-        flat = [Param(key_, str(value)[:PARAM_CHARACTERS]) for key_, value in flatten(params).items()]
-        for start in range(0, len(flat), 100):  # MLflow takes at most 100 parameters a call
-            self._client.log_batch(run_id, params=flat[start : start + 100])
-        return run_id
+        """Open the run under ``key``, made if there is none, as a child of the run under key ``parent``; its status becomes running.
 
-    @_writing()
+        Returns ``key``.
+        """
+        if parent is not None:
+            self._require(parent)
+        flat = {name_: str(value)[:PARAM_CHARACTERS] for name_, value in flatten(params).items()}
+        for param in flat:
+            _validate_param_name(param)
+        record = {"do": "open", "key": key, "name": name, "tags": {**self._origin, **_tags(tags)}, "params": flat}
+        now = self._now()
+        self._append({**record, "parent": parent, "time": now})
+        self._opened.setdefault(key, now)
+        return key
+
+    def set_tags(self, key: str, tags: Mapping[str, str]) -> None:
+        """Set tags of the run under ``key``."""
+        self._require(key)
+        self._append({"do": "tags", "key": key, "tags": _tags(tags)})
+
     def log_steps(self, key: str, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Log metrics by step to the run under ``key``; steps that it has already are left out, so none stands there twice."""
-        entry = self._index[key]
-        now = int(time.time() * 1000)
-        fresh = [(step, values) for step, values in rows if step > entry["step"]]
-        metrics = [Metric(name, value, now, step) for step, values in fresh for name, value in values.items()]
-        for start in range(0, len(metrics), BATCH):
-            self._client.log_batch(entry["run_id"], metrics=metrics[start : start + BATCH])
-        if fresh:
-            entry["step"] = max(step for step, _ in fresh)
-            self._save()
+        self._require(key)
+        for name in {name for _, values in rows for name in values}:
+            _validate_metric_name(name)
+        if rows:
+            plain = [[int(step), {name: float(value) for name, value in values.items()}] for step, values in rows]
+            self._append({"do": "steps", "key": key, "rows": plain, "time": self._now()})
 
-    @_writing()
-    def log_metrics(self, key: str, values: Mapping[str, float]) -> None:
-        """Set final metrics of the run under ``key``; logging them again leaves the same last value."""
-        now = int(time.time() * 1000)
-        self._client.log_batch(
-            self._index[key]["run_id"], metrics=[Metric(name, value, now, 0) for name, value in values.items()]
-        )
+    def log_metrics(self, key: str, values: Mapping[str, float], step: int = 0) -> None:
+        """Set final metrics of the run under ``key``; logging them again leaves the last value."""
+        self._require(key)
+        now = self._now()
+        for name in values:
+            _validate_metric_name(name)
+        metrics = [[name, float(value), now, step] for name, value in values.items()]
+        self._append({"do": "metrics", "key": key, "metrics": metrics})
 
-    @_writing()
     def log_file(self, key: str, path: Path, folder: str | None = None) -> None:
-        """Copy a file to the artifacts of the run under ``key``."""
-        self._client.log_artifact(self._index[key]["run_id"], str(path), folder)
+        """Copy a file, as it is now, to the artifacts of the run under ``key``."""
+        self._require(key)
+        self._append({"do": "file", "key": key, "folder": folder}, path)
 
-    @_writing()
     def log_figure(self, key: str, figure: Any, name: str) -> None:
         """Keep a matplotlib figure with the run under ``key`` as ``name`` (a .png)."""
-        self._client.log_figure(self._index[key]["run_id"], figure, name)
+        self._require(key)
+        with self._change:
+            path = self._spool.room(name)
+            figure.savefig(path)
+            self._append({"do": "file", "key": key, "folder": None, "file": f"{path.parent.name}/{name}"})
 
-    @_writing()
+    def log_inputs(self, key: str, inputs: Sequence[Mapping[str, Any]]) -> None:
+        """Name the data sets that the run under ``key`` was made from: see ``flows/tracking_inputs.py``."""
+        self._require(key)
+        self._append({"do": "inputs", "key": key, "inputs": list(inputs)})
+
+    def check_model_name(self, name: str) -> None:
+        """``InputError`` if a model cannot be registered as ``name``; a store that does not answer now is asked when it is sent."""
+        try:
+            _validate_model_name(name)
+        except MlflowException as error:
+            raise InputError(f"registered model {name!r}: {error.message}; choose another name") from None
+        if "'" in name:
+            raise InputError(f"registered model {name!r}: no quotes; choose another name")
+        found: list[InputError] = []
+
+        def ask() -> None:
+            try:
+                self._store.check_model(name)
+            except InputError as error:
+                found.append(error)
+            except Exception as error:
+                logging.getLogger(__name__).debug("registered model %s could not be looked up: %s", name, short(error))
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        if found:
+            raise found[0]
+
+    def register_model(self, key: str, folder: Path, name: str, description: str, tags: Mapping[str, str]) -> None:
+        """Copy an MLflow model to the artifacts of the run under ``key`` and make it a version of the registered model ``name``.
+
+        The same content makes no second version. A registered model that csm did not make is left alone, and that is said.
+        """
+        self._require(key)
+        self.check_model_name(name)
+        self._append({"do": "model", "key": key, "name": name, "description": description, "tags": _tags(tags)}, folder)
+
+    def watch(self, key: str) -> None:
+        """Log how busy this machine is to the run under ``key``, until it is closed; steps are seconds since it was first opened."""
+        if not wanted() or self._system is not None:
+            return
+        began = self._store.index.get(key, {}).get("opened", self._opened[key])
+
+        def log(values: Mapping[str, float]) -> None:
+            if self._error is None:
+                self.log_metrics(key, values, round((self._now() - began) / 1000))
+
+        self._system = (key, SystemMetrics(log))
+
     def close_run(self, key: str, status: str = "FINISHED") -> None:
         """End the run under ``key`` as FINISHED, FAILED or KILLED."""
-        self._client.set_terminated(self._index[key]["run_id"], status=status)
-        self._index[key]["status"] = status
-        self._save()
+        self._require(key)
+        if self._system is not None and self._system[0] == key:
+            self._system[1].stop()
+            self._system = None
+        self._append({"do": "close", "key": key, "status": status, "time": self._now()})
+        self._status[key] = status
 
     def is_finished(self, key: str) -> bool:
-        """Whether the run under ``key`` was once ended as FINISHED: all that it should hold is there."""
-        return self._index.get(key, {}).get("status") == "FINISHED"
+        """Whether the run under ``key`` was once ended as FINISHED: all that it should hold is there, or waits to be sent."""
+        return self._status.get(key, self._store.index.get(key, {}).get("status")) == "FINISHED"
 
-    def run_id(self, key: str) -> str:
-        """MLflow's id of the run under ``key``."""
-        return str(self._index[key]["run_id"])
+    def run_id(self, key: str) -> str | None:
+        """MLflow's id of the run under ``key``, once all is sent; None if the store does not answer."""
+        self._require(key)
+        self.flush()
+        found = self._store.index.get(key)
+        return str(found["run_id"]) if found else None
 
-    def _exists(self, run_id: str) -> bool:
+    def flush(self) -> bool:
+        """Wait until all is sent, at most a few seconds if the store is not this machine's; whether it is.
+
+        Raises:
+            InputError, OSError: the store is damaged, or the disk takes no more.
+        """
+        began = moved = time.monotonic()
+        with self._change:
+            left = self._spool.waiting
+            self._change.notify_all()
+            while self._spool.waiting and self._error is None:
+                self._change.wait(0.1)
+                now = time.monotonic()
+                if self._spool.waiting < left:
+                    left, moved = self._spool.waiting, now
+                is_away = self._tries > 1 and now - began > 1.0
+                if not self._address.is_local and (is_away or now - moved > PATIENCE or now - began > LONGEST):
+                    return False
+            self._raise()
+            return True
+
+    def close(self) -> None:
+        """Stop watching, send what can be sent, and say what waits."""
+        if self._system is not None:
+            self._system[1].stop()
+        with self._change:
+            self._ending = True
+            self._change.notify_all()
         try:
-            self._client.get_run(run_id)
-        except MlflowException:
-            return False
-        return True
+            if not self.flush():
+                say(
+                    f"tracking: {self._spool.waiting:,} records for {self._address} wait in {self._spool.path}; "
+                    "the next command with the same options sends them"
+                )
+        finally:
+            with self._change:
+                self._gone = True
+                self._change.notify_all()
+                self._spool.close()
 
-    def _save(self) -> None:
-        storage.write_json(self._index_path, self._index)
+    def _append(self, record: Record, source: Path | None = None) -> None:
+        with self._change:
+            self._raise()
+            self._spool.append({**record, "file": self._spool.keep(source)} if source else record)
+            self._change.notify_all()
 
+    def _now(self) -> int:
+        """Milliseconds since 1970, never the same twice: of two values at one time MLflow takes the greater for the last."""
+        with self._change:
+            self._time = max(int(time.time() * 1000), self._time + 1)
+            return self._time
 
-def store_uri(workspace: Path) -> str:
-    """Tracking URI of the workspace's store."""
-    return f"sqlite:///{(workspace / 'mlflow.db').absolute()}"
+    def _require(self, key: str) -> None:
+        if key not in self._opened and key not in self._store.index:
+            raise KeyError(key)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _send_all(self) -> None:
+        """The sender's work: the records in their order, each until the store took it or refused it for good."""
+        saved = time.monotonic()
+        while True:
+            with self._change:
+                while not self._gone and (record := self._spool.first()) is None:
+                    if self._ending:
+                        return
+                    self._change.wait()
+                if self._gone:
+                    return
+            try:
+                failure = self._send(record)
+                with self._change:
+                    if self._gone:
+                        return
+                    if isinstance(failure, AwayError):
+                        self._tries += 1
+                        self._say_once(
+                            "away",
+                            f"{self._address} does not answer ({failure}); work goes on, records wait in {self._spool.path}",
+                        )
+                        self._pause(RETRY[min(self._tries, len(RETRY)) - 1])
+                        continue
+                    self._tries = 0
+                    if failure is None:
+                        self._spool.pop()
+                    else:
+                        self._say_once(
+                            str(failure),
+                            f"{self._address} refused a record ({failure}); it is put aside in {self._spool.refused}",
+                        )
+                        self._spool.refuse()
+                    if not self._spool.waiting or time.monotonic() - saved > SAVE_SECONDS:
+                        self._store.save()
+                        saved = time.monotonic()
+                    if not self._spool.waiting:
+                        self._spool.cut()
+                    self._change.notify_all()
+            except Exception as error:  # of this machine: the driver raises it
+                with self._change:
+                    self._error = error
+                    self._change.notify_all()
+                return
+
+    def _send(self, record: Record) -> AwayError | RefusedError | None:
+        """Why ``record`` was not sent; None: it was."""
+        try:
+            self._store.send(record, self._spool)
+        except (AwayError, RefusedError) as error:
+            return error
+        except OSError:
+            raise
+        except Exception as error:  # what a network or a storage service can say is beyond counting
+            if self._address.is_local:
+                raise
+            return AwayError(short(error))
+        return None
+
+    def _pause(self, seconds: float) -> None:
+        """Wait with the lock given back; at the end of the command at most a little."""
+        end = time.monotonic() + seconds
+        while (
+            not self._gone and (left := (min(end, time.monotonic() + RETRY[0]) if self._ending else end) - time.monotonic()) > 0
+        ):
+            self._change.wait(left)
+
+    def _say_once(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            say(f"tracking: {text}")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -160,3 +331,20 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _tags(tags: Mapping[str, str]) -> dict[str, str]:
+    for name in tags:
+        _validate_tag_name(name)
+    return {name: str(value)[:TAG_CHARACTERS] for name, value in tags.items()}
+
+
+def _prepare(address: Address) -> None:
+    """Keep MLflow quiet, and let it give up soon: whoever waits and tries again is the sender."""
+    for name, level in (("mlflow", logging.ERROR), ("alembic", logging.ERROR), ("urllib3", logging.ERROR)):
+        logging.getLogger(name).setLevel(level)
+    for name in ("mlflow.store.db.utils", "sqlalchemy.pool"):  # they log what they raise, with the traceback; Ctrl-C too
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if address.is_server:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")

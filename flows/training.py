@@ -1,14 +1,20 @@
 """Classifiers trained over Ray, each with a run of its own in MLflow."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from cluster.shards import KEY, part_path, plan_shards
 from cluster.training import RunEvent, fit_many
-from csm import storage
+from csm import storage, tables
+from csm.datasets import RealDataset
 from csm.runs import RunSpec, is_finished
 from flows.progress import task
 from flows.stages import Context
+from flows.tracking_inputs import mixed_input, real_input
+
+TRACKED_SECONDS = 10.0  # between two batches of epochs in MLflow
 
 
 def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -> None:
@@ -23,10 +29,16 @@ def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -
     by_name = {spec.run: spec for spec in todo}
     heard: dict[str, list[tuple[int, dict[str, float]]]] = {}  # epochs of the classifiers that are being trained
     with task(name, sum(spec.optimizer.epochs for spec in todo)) as progress:
-        done = 0
+        done, told = 0, time.monotonic()
+
+        def tell() -> None:
+            """Log the epochs that were heard since the last time."""
+            for run, epochs in heard.items():
+                context.tracker.log_steps(run_key(by_name[run]), epochs)
+                epochs.clear()
 
         def on_event(event: RunEvent) -> None:
-            nonlocal done
+            nonlocal done, told
             spec = by_name[event.run]
             if event.run not in heard:
                 _open_run(context, spec, kind)
@@ -34,6 +46,9 @@ def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -
             if event.kind == "epoch":
                 epochs.append((event.epoch, event.values))
                 progress.advance(1, f"{done}/{len(todo)} classifiers")
+                if time.monotonic() - told > TRACKED_SECONDS:
+                    told = time.monotonic()
+                    tell()
                 return
             done += 1
             progress.advance(0, f"{done}/{len(todo)} classifiers")
@@ -48,6 +63,7 @@ def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -
             config = context.config
             fit_many(todo, config.resources.train, context.workspace.root / "ray", name, on_event, config.train.workers)
         finally:
+            tell()
             for run in heard:  # interrupted
                 context.tracker.close_run(run_key(by_name[run]), "KILLED")
 
@@ -74,3 +90,17 @@ def _open_run(context: Context, spec: RunSpec, kind: str) -> None:
         tags["csm.annotator"] = spec.settings.mixed.annotator or ""
     params: dict[str, Any] = {"method": spec.method, "seed": spec.seed, "network": spec.network, **asdict(spec.settings)}
     context.child(run_key(spec), spec.run, tags, {**params, "optimizer": asdict(spec.optimizer)})
+    context.tracker.log_inputs(run_key(spec), training_inputs(spec))
+
+
+def training_inputs(spec: RunSpec) -> list[dict[str, Any]]:
+    """The data sets that a classifier is trained on, for ``Tracker.log_inputs``."""
+    info = RealDataset.load_info(spec.data)
+    inputs = [real_input(info, spec.data)]
+    if spec.mixed and spec.settings.mixed:
+        shards = plan_shards(spec.mixed.plan)
+        footer = tables.metadata(part_path(spec.mixed.annotations, min(shards))) or {}
+        digest = storage.digest(footer.get(KEY), storage.file_digest(spec.mixed.calibration))
+        annotator = spec.settings.mixed.annotator or ""
+        inputs.append(mixed_input(info, annotator, digest, sum(shards.values()), spec.mixed.mixed))
+    return inputs

@@ -90,7 +90,11 @@ def measure(
             figures[seed] = _figure(workspace, generator, of_seed)
             measured += of_seed
         figures[0].savefig(root / f"labels-{generator}.png")
-        _track(Tracker(root), root, generator, measured, figures)
+        tracker = Tracker(root, command=command)
+        try:
+            _track(tracker, root, generator, measured, figures)
+        finally:
+            tracker.close()
         rows += measured
     storage.write_json(root / "truth.json", rows)
     return rows

@@ -321,7 +321,7 @@ def test_an_error_of_the_store_is_not_hidden_by_the_end(tmp_path, monkeypatch):
     """Whoever ends a run that could not be opened must not see a KeyError in place of the store's error."""
 
     class Broken(FakeTracker):
-        def __init__(self, root):
+        def __init__(self, root, address, command):
             super().__init__()
 
         def open_run(self, *arguments):
@@ -329,6 +329,9 @@ def test_an_error_of_the_store_is_not_hidden_by_the_end(tmp_path, monkeypatch):
 
         def close_run(self, key, status="FINISHED"):
             raise KeyError(key)
+
+        def close(self):
+            """Nothing waits."""
 
     monkeypatch.setattr("flows.stages.Tracker", Broken)
     context = replace(Pipeline(tmp_path).context(), _tracker=None)

@@ -13,7 +13,8 @@ from csm import tables
 from csm.errors import InputError
 from csm.generators import load_truth
 from flows.bench import truth
-from flows.tracking import EXPERIMENT, store_uri
+from flows.tracking import store_uri
+from flows.tracking_address import EXPERIMENT
 
 pytestmark = pytest.mark.ray
 KEYS = ["annotator", "generator", "seed", "method", *truth.MEASURES, "bayes_accuracy"]

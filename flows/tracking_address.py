@@ -1,0 +1,84 @@
+"""Where the runs go: the workspace's own MLflow store, or the address of another one. No secret of an address is shown or kept."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from csm.errors import InputError
+
+EXPERIMENT = "csm"
+SERVERS = ("http", "https")
+DATABASES = ("postgresql", "mysql", "mssql", "sqlite")
+USER = re.compile(r"(?<=://)\S*@")
+SECRET = re.compile(r"((?:passw\w*|secret\w*|token|api_?key)=)[^&\s'\"]+", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Address:
+    """A tracking store: its MLflow URI ("": the store of the workspace) and the experiment there.
+
+    Raises:
+        InputError: MLflow keeps no runs at such a URI.
+    """
+
+    uri: str = ""
+    experiment: str = EXPERIMENT
+
+    def __post_init__(self) -> None:
+        if not self.experiment.strip():
+            raise InputError("--experiment: needs a name")
+        if not self.uri:
+            return
+        where = f"--tracking-uri {masked(self.uri)}"
+        scheme, _, rest = self.uri.partition("://")
+        if not rest or scheme == "file":
+            raise InputError(
+                f"{where}: runs are kept on a server or in a database, not in a folder; for example sqlite:///mlflow.db"
+            )
+        if scheme.split("+")[0] not in (*SERVERS, *DATABASES):
+            known = ", ".join(f"{name}://" for name in (*SERVERS, *DATABASES))
+            raise InputError(f"{where}: no known kind of tracking store; one of {known}")
+        if self.is_sqlite:
+            if not rest.strip("/") or rest.endswith("/") or not rest.startswith("/"):
+                raise InputError(f"{where}: needs a file, as in sqlite:///mlflow.db or sqlite:////folder/mlflow.db")
+            return
+        try:
+            parts = urlsplit(self.uri)
+            port = parts.port
+        except ValueError as error:
+            raise InputError(f"{where}: not an address ({masked(str(error))})") from None
+        if not parts.hostname or port == 0:
+            raise InputError(f"{where}: needs a host, as in {scheme}://HOST:PORT")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a file on this machine, of which a failure is the disk's and not a network's."""
+        return not self.uri or self.is_sqlite
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.uri.split("://")[0].split("+")[0] == "sqlite"
+
+    @property
+    def is_server(self) -> bool:
+        """Whether it is an MLflow server, which keeps the artifacts too."""
+        return self.uri.split("://")[0] in SERVERS
+
+    @property
+    def name(self) -> str:
+        """Of its files in a workspace: another store or experiment, other files."""
+        if self == OWN:
+            return "tracking"
+        return f"tracking-{hashlib.blake2b(f'{masked(self.uri)} {self.experiment}'.encode(), digest_size=4).hexdigest()}"
+
+    def __str__(self) -> str:
+        return masked(self.uri) or "the workspace's store"
+
+
+OWN = Address()
+
+
+def masked(text: str) -> str:
+    """``text``, a URI or words that hold some, without user names, passwords and tokens."""
+    return SECRET.sub(r"\1***", USER.sub("***@", text))
