@@ -68,7 +68,8 @@ def run_trials(
     room = _room(group, together, concurrent)
     heard = _Hearing(on_event)
     work = Work(build, scheduler, group, together, directory.absolute(), name)
-    resources = {"cpu": 0} if together > 1 else {"cpu": group.cpus, "gpu": group.gpus}
+    # Of `together` workers, the trial itself only waits for them; Tune wants it to take something.
+    resources = {"memory": 1} if together > 1 else {"cpu": group.cpus, "gpu": group.gpus}
     try:
         tune.run(
             tune.with_resources(tune.with_parameters(train_trial, work=work), resources),

@@ -197,3 +197,17 @@ def _train(network: str, steps: int, variants: bool, as_json: bool, debug: bool)
     from flows.bench.train import training_speed
 
     show_result(training_speed(steps, network, variants), as_json)
+
+
+@bench.command(
+    "tune",
+    short_help="What a sweep through Ray Tune costs.",
+    help="Trials through Ray Tune against bare processes that train the same, two at once.",
+)
+@click.option("--trials", type=click.IntRange(min=1), default=40, show_default=True, help="Trainings on either side.")
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="Length of one training, alone.")
+@with_options(OUTPUT_OPTIONS)
+def _tune(trials: int, seconds: float, as_json: bool, debug: bool) -> None:
+    from flows.bench.tune import tuning_overhead
+
+    show_result(tuning_overhead(trials, seconds), as_json)

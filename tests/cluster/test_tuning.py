@@ -1,5 +1,6 @@
 """The oracle: a run trained in a trial equals a direct `csm.runs.fit_run`, bit for bit."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,8 @@ def make_specs(number: int, values: dict[str, Any], data: Path, root: Path) -> t
     seeds, fail = values.pop("seeds", 1), values.pop("fail", None)
     if fail == "exception":
         raise KeyError("no such\nthing")
+    if fail == "exit":
+        os._exit(1)
     if fail == "input":
         data = data / "nowhere"
     optimizer = OptimizerConfig(**{"epochs": 3, "batch_size": 12, "learning_rate": 0.02, **values})
@@ -141,3 +144,106 @@ def test_what_the_caller_raises_comes_through(data, tmp_path):
     sweep.events = type("Full", (), {"append": lambda self, event: (_ for _ in ()).throw(OSError(28, "full"))})()
     with pytest.raises(OSError, match="full"):
         sweep.run()
+
+
+HALVING = Race("asha", grace=1, reduction=3, epochs=9)
+
+
+@pytest.fixture(scope="module")
+def halved(data, tmp_path_factory, ray_session, one_thread) -> Sweep:
+    """A trial that learns, one that learns nothing and one that learns faster, each with two seeds, one after the other."""
+    trials = [{"epochs": 9, "seeds": 2, "learning_rate": rate} for rate in (0.01, 1e-9, 0.1)]
+    sweep = Sweep(data, tmp_path_factory.mktemp("halved"), trials)
+    sweep.run(HALVING)
+    return sweep
+
+
+def test_halving_stops_what_is_worse_at_the_first_rung(halved):
+    assert halved.ends() == {0: "done", 1: "stopped", 2: "done"}
+    assert halved.of(1) == [("started", 0, 0), ("epoch", 0, 1), ("stopped", 0, 0)]
+
+
+def test_only_what_survives_trains_its_other_seeds(halved):
+    assert [[is_finished(spec) for spec in halved.specs(number)] for number in range(3)] == [[True] * 2, [False] * 2, [True] * 2]
+    epochs = [("epoch", seed, epoch) for seed in (0, 1) for epoch in range(1, 10)]
+    assert halved.of(0) == halved.of(2) == [("started", 0, 0), *epochs, ("done", 0, 0)]
+
+
+def test_trials_asked_again_are_repeated_not_trained_and_their_rungs_are_there(halved, snapshot):
+    before = snapshot(halved.root)
+    again = Sweep(halved.data, halved.root, [*halved.trials, {"epochs": 9, "learning_rate": 2e-9}])
+    again.run(HALVING)
+    assert [again.of(number) for number in range(3)] == [halved.of(number) for number in range(3)]
+    assert [event for event in again.events if event.trial < 3] == halved.events
+    assert again.ends()[3] == "stopped"
+    runs = {path: stamp for path, stamp in snapshot(halved.root).items() if not path.startswith(("ray/", "0003/"))}
+    assert runs == {path: stamp for path, stamp in before.items() if not path.startswith("ray/")}
+
+
+def test_a_trial_goes_on_from_its_state(data, tmp_path, monkeypatch):
+    sweep = Sweep(data, tmp_path, [{"epochs": 4}])
+    monkeypatch.setattr("csm.runs.STATE_SECONDS", 0.0)
+
+    def stop(epoch: int, values: dict[str, float]) -> None:
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_run(sweep.specs(0)[0], stop)
+    state = storage.read_state(sweep.specs(0)[0].directory / "state.pt")
+    assert len(state["history"]) == 2
+    state["history"][0]["loss"] = -1.0  # which shows that it is not trained again
+    storage.write_state(sweep.specs(0)[0].directory / "state.pt", state)
+    sweep.run()
+    assert sweep.of(0) == [("started", 0, 0), *[("epoch", 0, epoch) for epoch in range(1, 5)], ("done", 0, 0)]
+    assert sweep.events[1].values["loss"] == -1.0
+    fit_run(replace(sweep.specs(0)[0], directory=tmp_path / "direct"))
+    model = (tmp_path / "direct" / "model.safetensors").read_bytes()
+    assert (sweep.specs(0)[0].directory / "model.safetensors").read_bytes() == model
+
+
+def trial_processes(processes, ray_head) -> list[int]:
+    raylet = ray_head.all_processes["raylet"][0].process.pid
+    return [pid for pid in processes.descendants(raylet) if "ImplicitFunc" in processes.name(pid)]
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_is_lost_is_tried_again(data, tmp_path, ray_head, processes):
+    sweep, killed = Sweep(data, tmp_path, [{"epochs": 400}, {}]), []
+
+    class Killing(list):
+        def append(self, event):
+            super().append(event)
+            if event.kind == "epoch" and not killed:
+                killed.extend(trial_processes(processes, ray_head))
+                processes.kill(killed)
+
+    sweep.events = Killing()
+    sweep.run()
+    assert len(killed) == 1
+    assert sweep.of(0) == [("started", 0, 0), *[("epoch", 0, epoch) for epoch in range(1, 401)], ("done", 0, 0)]
+    assert sweep.ends() == {0: "done", 1: "done"}
+    fit_run(replace(sweep.specs(0)[0], directory=tmp_path / "direct"))
+    model = (tmp_path / "direct" / "model.safetensors").read_bytes()
+    assert (sweep.specs(0)[0].directory / "model.safetensors").read_bytes() == model
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_is_lost_again_and_again_fails(data, tmp_path):
+    sweep = Sweep(data, tmp_path, [{"fail": "exit"}, {}])
+    sweep.run()
+    assert sweep.of(0) == [("started", 0, 0), ("failed", 0, 0)]
+    assert "lost 4 times" in sweep.events[1].error
+    assert sweep.ends() == {0: "failed", 1: "done"}
+
+
+@pytest.mark.slow
+def test_two_workers_train_each_run_of_a_trial(data, tmp_path):
+    sweep = Sweep(data, tmp_path, [{"seeds": 2}, {"learning_rate": 1e30, "clip": 0.0}, {"epochs": 9, "learning_rate": 1e-9}])
+    sweep.run(HALVING, Group(), together=2)
+    assert sweep.ends() == {0: "done", 1: "failed", 2: "stopped"}
+    assert [storage.read_json(spec.directory / "run.json")["devices"] for spec in sweep.specs(0)] == [2, 2]
+    assert sweep.of(0) == [("started", 0, 0), *[("epoch", seed, epoch) for seed in (0, 1) for epoch in (1, 2, 3)], ("done", 0, 0)]
+    assert next(event.error for event in sweep.events if event.kind == "failed").startswith(
+        "FloatingPointError: training: loss is"
+    )
