@@ -159,14 +159,30 @@ def trials_table(records: Sequence[TrialRecord], tune: TuneConfig, test: Mapping
     title = f"{len(ranked)} trials done, {stopped} stopped, {failed} failed; by {tune.objectives[0]} on validation{after}"
     table = Table(title=title, caption=f"* Pareto front of {' and '.join(front_metrics(tune))}; intervals: 95 %")
     metrics = measured(tune)
-    for heading in ("trial", "tried", *(_heading(name) for name in metrics), *(f"test {_heading(name)}" for name in metrics)):
-        table.add_column(heading, overflow="fold", justify="left" if heading in ("trial", "tried") else "right")
+    table.add_column("trial", justify="right")
+    for name in metrics:
+        table.add_column(_heading(name), justify="right")
+    for name in metrics:
+        table.add_column(f"test {_heading(name)}", justify="right")
+    table.add_column("tried", overflow="fold", min_width=24)
+    names = short_names(key for record in shown for key in record.values)
     for record in shown:
-        tried = "\n".join(f"{key} {_number(value)}" for key, value in record.values.items())
+        tried = ", ".join(f"{names[key]} {_number(value)}" for key, value in record.values.items())
         cells = [_estimate(record.val[name], is_long=name == tune.objectives[0]) for name in metrics]
         cells += [_estimate(test[record.number][name]) if record.number in test else "" for name in metrics]
-        table.add_row(f"{record.number}{'*' if record.number in best else ''}", tried, *cells)
+        table.add_row(f"{record.number}{'*' if record.number in best else ' '}", *cells, tried)
     return table
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """Dotted key -> its last parts, as few as tell it from the other keys."""
+    parts = {key: key.split(".") for key in keys}
+    names = {}
+    for key, own in parts.items():
+        others = [other for name, other in parts.items() if name != key]
+        enough = (count for count in range(1, len(own)) if not any(other[-count:] == own[-count:] for other in others))
+        names[key] = ".".join(own[-next(enough, len(own)) :])
+    return names
 
 
 def importance_table(found: Sequence[Importance], objective: str) -> Table:
