@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import ray
+import ray.util.client
 from ray import tune
 from ray.tune.search import Searcher
 
 from cluster.resources import Group, group_size
 from cluster.tuning_schedulers import build_scheduler
-from cluster.tuning_trials import Build, Race, Work, note_stop, train_trial
+from cluster.tuning_trials import Build, Race, Standing, Work, note_stop, train_trial
 from csm.errors import InputError
 
 RETRIES = 3  # of a trial whose process was lost
@@ -62,9 +63,13 @@ def run_trials(
         concurrent: trials at once at most; 0: as many as fit.
 
     Raises:
-        InputError: a trial does not fit the cluster.
+        InputError: a trial does not fit the cluster, or this process is joined to it by ``ray://`` only.
         Exception: what ``ask`` or ``on_event`` raised; trials that run are ended and go on when they are asked again.
     """
+    if ray.util.client.ray.is_connected():
+        raise InputError(
+            "--address ray://: a sweep is driven from a node of the cluster; take HOST:PORT there, or ray job submit"
+        )
     room = _room(group, together, concurrent)
     heard = _Hearing(on_event)
     work = Work(build, scheduler, group, together, directory.absolute(), name)
@@ -139,7 +144,7 @@ class _Hearing(tune.Callback):
         self.waiting: list[TrialEvent] = []
         self.open: set[int] = set()  # numbers of trials that have started and not ended
         self.epochs: dict[tuple[int, int], int] = {}  # (number, seed) -> the last one heard: a trial tried again repeats them
-        self.stops: dict[int, dict[str, Any]] = {}  # number -> arguments of `note_stop`, of those that the scheduler ended
+        self.stops: dict[int, Standing] = {}  # number -> where it stood when the scheduler ended it
         self.trials: Sequence[Any] = ()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -149,7 +154,7 @@ class _Hearing(tune.Callback):
         while self.waiting:
             event = self.waiting.pop(0)
             if event.trial in self.stops:
-                note_stop(**self.stops.pop(event.trial))
+                note_stop(self.stops.pop(event.trial))
             self.on_event(event)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -168,7 +173,7 @@ class _Hearing(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result
         if "end" not in last:
-            self.stops[trial.config["number"]] = last["stop"]
+            self.stops[trial.config["number"]] = last["standing"]
         self._end(trial, last.get("end", "stopped"), last.get("error", ""))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

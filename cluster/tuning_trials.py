@@ -12,10 +12,12 @@ import torch
 
 from cluster.resources import Group
 from cluster.streaming import open_stream
-from cluster.training import TrainingError, fit_many
+from cluster.training import RunEvent, TrainingError, fit_many
+from cluster.tuning_population import population_history, snapshot_path, take_over
 from csm import storage
 from csm.errors import InputError
 from csm.runs import RunSpec, fit_run, is_finished
+from csm.training import OnEpoch
 
 Build = Callable[[int, Mapping[str, Any]], tuple[RunSpec, ...]]
 History = list[dict[str, float]]
@@ -66,16 +68,32 @@ class Work:
     name: str
 
 
+@dataclass(frozen=True)
+class Standing:
+    """A trial at an epoch after which the scheduler decides.
+
+    Attributes:
+        directory, fingerprint: of its first run.
+        history: its epochs so far.
+        values: with which it trains.
+    """
+
+    directory: str
+    fingerprint: str
+    history: History
+    values: dict[str, Any]
+
+
 def train_trial(config: dict[str, Any], work: Work) -> None:
     """Train trial ``config["number"]`` with ``config["values"]``, in a Tune actor.
 
     Every report holds ``events``: (seed, epoch, values) of the epochs since the last one. One on which the scheduler decides has the
-    epoch and its metric as well, and what ``note_stop`` needs. The last one has ``end``: "done", "stopped" or "failed", the latter with
+    epoch and its metric as well, and its ``standing``. The last one has ``end``: "done", "stopped" or "failed", the latter with
     ``error``.
     """
     report = _Report()
     try:
-        ending = _train(config["number"], config["values"], work, report)
+        ending = _train(config, work, report)
     except TrainingError as error:
         ending = {"end": "failed", "error": next(iter(error.errors.values()))}
     except Exception as error:  # whatever it is, it ends this trial alone, and the driver tells it
@@ -101,28 +119,43 @@ class _Report:
         self.events, self.last = [], time.monotonic()
 
 
-def _train(number: int, values: Mapping[str, Any], work: Work, report: _Report) -> dict[str, Any]:
+def _train(config: dict[str, Any], work: Work, report: _Report) -> dict[str, Any]:
     """Train what is to be trained; gives the fields of the last report."""
-    specs, race = work.build(number, values), work.race
+    specs, race, values = _specs(config, work), work.race, config["values"]
     first = specs[0]
+    taken = population_history(first.directory)
     history: History = []  # of the first seed
     final: dict[str, Any] = {}
 
-    def tell(spec: RunSpec, epoch: int, values: dict[str, float], replayed: bool = False) -> None:
+    def tell(spec: RunSpec, epoch: int, measured: dict[str, float], replayed: bool = False) -> None:
         nonlocal final
         if spec is not first or race.kind == "none":
-            report.add(spec.seed, epoch, values)
+            report.add(spec.seed, epoch, measured)
             return
-        if race.metric not in values:
-            raise InputError(f"tune.scheduler.metric: a training tells {', '.join(values)} of an epoch, not {race.metric}")
-        seen = {"epoch": epoch, race.metric: values[race.metric]}
-        history.append({"epoch": epoch, **values})
-        report.events.append((spec.seed, epoch, values))
+        if race.metric not in measured:
+            raise InputError(f"tune.scheduler.metric: a training tells {', '.join(measured)} of an epoch, not {race.metric}")
+        history.append({"epoch": epoch, **measured})
+        report.events.append((spec.seed, epoch, measured))
         if epoch == spec.optimizer.epochs:
-            final = seen  # it waits for the other seeds: with it, the scheduler has all of the trial
-        elif race.decides(epoch):
-            stop = {"directory": str(spec.directory), "fingerprint": spec.fingerprint, "history": history}
-            report.send(**seen, stop=stop, replayed=replayed)
+            final = {
+                "epoch": epoch,
+                race.metric: measured[race.metric],
+            }  # it waits for the other seeds: then it is all of the trial
+        elif race.decides(epoch) and (replayed or race.kind == "asha"):
+            compare(replayed)
+
+    def compare(replayed: bool) -> None:
+        epoch = int(history[-1]["epoch"])
+        at = [values, *(record["values"] for record in taken if record["epoch"] < epoch)][-1]
+        standing = Standing(str(first.directory), first.fingerprint, history, dict(at))
+        report.send(epoch=epoch, **{race.metric: history[-1][race.metric]}, standing=standing, replayed=replayed)
+
+    def on_state(state: dict[str, Any]) -> None:
+        """Of a population, whose members are compared when there is a state that others may take over."""
+        epoch = state["training"]["epoch"]
+        if race.decides(epoch):
+            storage.write_state(snapshot_path(first.directory, epoch), state)
+            compare(replayed=False)
 
     stopped = stopped_history(first)
     for spec in specs:
@@ -131,30 +164,51 @@ def _train(number: int, values: Mapping[str, Any], work: Work, report: _Report) 
             tell(spec, int(past.pop("epoch")), past, replayed=True)
         if stopped:
             return {"end": "stopped"}
-        _fit(spec, partial(tell, spec), number, work)
+        _fit(spec, partial(tell, spec), on_state if race.kind == "pbt" else None, config["number"], work)
     return {"end": "done", **final}
 
 
-def _fit(spec: RunSpec, on_epoch: Callable[[int, dict[str, float]], None], number: int, work: Work) -> None:
+def _specs(config: dict[str, Any], work: Work) -> tuple[RunSpec, ...]:
+    """The runs of a trial; of a population, with the state and the values that it took over last."""
+    number, donor = config["number"], config.get("donor")
+    specs = work.build(number, config["values"])
+    if work.race.kind != "pbt":
+        return specs
+    if len(specs) > 1 or work.together > 1:
+        raise InputError(
+            "tune.scheduler.kind: pbt trains one seed of each trial, with one worker; take tune.seeds=1 or another kind"
+        )
+    if donor is not None:
+        values = donor.values
+        try:
+            specs = work.build(number, values)
+        except InputError:  # a number left its range
+            values = donor.fallback
+            specs = work.build(number, values)
+        take_over(specs[0], donor, values)
+    taken = population_history(specs[0].directory)
+    return work.build(number, taken[-1]["values"]) if taken else specs
+
+
+def _fit(spec: RunSpec, on_epoch: OnEpoch, on_state: Callable[[dict[str, Any]], None] | None, number: int, work: Work) -> None:
     """Train ``spec`` here, or by a worker group of its own."""
     if is_finished(spec):
         return
     if work.together > 1:
         group = replace(work.group, workers=work.together)
-        fit_many(
-            [spec],
-            group,
-            work.directory,
-            f"{work.name}-trial-{number}-seed{spec.seed}",
-            lambda event: on_epoch(event.epoch, event.values) if event.kind == "epoch" else None,
-            work.together,
-        )
+        name = f"{work.name}-trial-{number}-seed{spec.seed}"
+
+        def hear(event: RunEvent) -> None:
+            if event.kind == "epoch":
+                on_epoch(event.epoch, event.values)
+
+        fit_many([spec], group, work.directory, name, hear, work.together)
         return
     torch.set_num_threads(max(1, round(work.group.cpus)))
     device = torch.device("cuda" if work.group.gpus else "cpu")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as cluster.training.worker_device
-    fit_run(spec, on_epoch, device, stream=open_stream)
+    fit_run(spec, on_epoch, device, stream=open_stream, on_state=on_state)
 
 
 def _history(spec: RunSpec) -> History:
@@ -167,9 +221,10 @@ def _history(spec: RunSpec) -> History:
     return list(state["history"]) if state.get("fingerprint") == spec.fingerprint else []
 
 
-def note_stop(directory: str, fingerprint: str, history: History) -> None:
-    """Write down that the scheduler ended the trial whose first run is in ``directory``, so that it is not trained again."""
-    storage.write_json(Path(directory) / "stopped.json", {"fingerprint": fingerprint, "history": history})
+def note_stop(standing: Standing) -> None:
+    """Write down that the scheduler ended a trial, so that it is not trained again."""
+    record = {"fingerprint": standing.fingerprint, "history": standing.history}
+    storage.write_json(Path(standing.directory) / "stopped.json", record)
 
 
 def stopped_history(spec: RunSpec) -> History:

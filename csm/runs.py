@@ -74,6 +74,7 @@ def fit_run(
     device: torch.device = CPU,
     world: World = ALONE,
     stream: Callable[[Path, int, World], Stream] | None = None,
+    on_state: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Train the classifier of ``spec`` and write ``model.*``, ``predictions.parquet``, ``history.json`` and ``run.json``.
 
@@ -85,6 +86,7 @@ def fit_run(
         on_epoch: called on rank 0 after each epoch.
         device, world: see ``csm.training.fit``.
         stream: called with ``spec.data``, the seed and ``world`` for the images of a training that holds them on disk.
+        on_state: called on rank 0 after each epoch but the last, after ``on_epoch``, with what ``state.pt`` holds when it is saved.
 
     Raises:
         InputError: on every rank alike: a file is missing or damaged, or the stream is.
@@ -117,10 +119,12 @@ def fit_run(
     def save_state(training: dict[str, Any]) -> None:
         nonlocal saved
         now = time.monotonic()
+        state = {"fingerprint": spec.fingerprint, "history": history, "seconds": spent + now - started, "training": training}
         if now - saved >= STATE_SECONDS:
-            state = {"fingerprint": spec.fingerprint, "history": history, "seconds": spent + now - started, "training": training}
             storage.write_state(state_path, state)
             saved = now
+        if on_state:
+            on_state(state)
 
     def images() -> tuple[RealDataset, Split | Stream, MixedSet | None]:
         stamp = _stamp(spec.data / "dataset.json", spec.data / "real")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from cluster.resources import Group
 from cluster.training import BY_USER
 from cluster.tuning import TrialEvent, run_trials
+from cluster.tuning_population import population_history
 from cluster.tuning_trials import Race
 from csm import storage
 from csm.datasets.real import build
@@ -247,3 +249,49 @@ def test_two_workers_train_each_run_of_a_trial(data, tmp_path):
     assert next(event.error for event in sweep.events if event.kind == "failed").startswith(
         "FloatingPointError: training: loss is"
     )
+
+
+POPULATION = Race("pbt", interval=1, epochs=3)
+
+
+@pytest.fixture(scope="module")
+def population(data, tmp_path_factory, ray_session, one_thread) -> Sweep:
+    """A trial that learns and then one that does not."""
+    sweep = Sweep(data, tmp_path_factory.mktemp("population"), [{"learning_rate": rate} for rate in (0.02, 1e-9)])
+    sweep.run(POPULATION)
+    return sweep
+
+
+def test_a_bad_trial_goes_on_from_a_good_one(population, tmp_path):
+    good, bad = (population.specs(number)[0] for number in range(2))
+    assert population_history(good.directory) == []
+    taken = population_history(bad.directory)
+    assert (taken[0]["epoch"], taken[0]["donor"]) == (1, 0)
+    assert taken[0]["values"]["learning_rate"] in (pytest.approx(0.016), pytest.approx(0.024))
+    for number in range(2):
+        assert population.of(number) == [("started", 0, 0), *[("epoch", 0, epoch) for epoch in range(1, 4)], ("done", 0, 0)]
+    history = storage.read_json(bad.directory / "history.json")
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    # By hand: some epochs of the good one, then on with the other values.
+    states = []
+    fit_run(replace(good, directory=tmp_path / "good"), on_state=lambda state: states.append(deepcopy(state)))
+    spec = replace(make_specs(1, taken[-1]["values"], population.data, tmp_path)[0], directory=tmp_path / "on")
+    storage.write_state(spec.directory / "state.pt", {**states[taken[-1]["epoch"] - 1], "fingerprint": spec.fingerprint})
+    fit_run(spec)
+    assert (bad.directory / "model.safetensors").read_bytes() == (spec.directory / "model.safetensors").read_bytes()
+
+
+def test_a_population_asked_again_is_repeated(population, snapshot):
+    before = snapshot(population.root)
+    again = Sweep(population.data, population.root, population.trials)
+    again.run(POPULATION)
+    assert again.events == population.events
+    assert {
+        path for path, stamp in snapshot(population.root).items() if stamp != before.get(path) and not path.startswith("ray/")
+    } == set()
+
+
+def test_a_population_has_one_seed(data, tmp_path):
+    sweep = Sweep(data, tmp_path, [{"seeds": 2}])
+    sweep.run(POPULATION)
+    assert sweep.events[1].error.startswith(f"{BY_USER}tune.scheduler.kind: pbt trains one seed")
