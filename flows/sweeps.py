@@ -22,7 +22,7 @@ STRICT = ConfigDict(extra="forbid")
 EPOCH_METRICS = ("nll", "accuracy", "ece")  # what a training measures on validation after each epoch
 BASELINE = "cross-entropy"
 TRIED = ("method", "data", "generator", "plan", "mix", "annotate", "train")  # sections whose settings change a classifier
-FIXED = ("train.compare", "train.loss", "train.seeds")  # a trial trains one method, with tune.seeds seeds
+FIXED = ("train.compare", "train.loss", "train.seeds", "train.workers")  # a trial is one method with tune.seeds seeds
 SELECTORS = ("loss", "kind", "network", "head")  # what `parameters` beside them are of
 
 
@@ -105,7 +105,7 @@ def check_tune(config: "Config") -> None:
         except InputError as error:
             # The rest of a corner may be what is wrong: the message knows.
             names = {_key(config, values, name): name for name in values if name != "method"}
-            wrong = next((name for name in names if str(error).startswith(name)), None)
+            wrong = next((name for name in names if str(error).startswith((f"{name}:", f"{name}.", f"{name} "))), None)
             message = f"{key}: {error}" if wrong is None else f"{names[wrong]}{str(error).removeprefix(wrong)}"
             raise InputError(f"tune.space.{message}") from None
 

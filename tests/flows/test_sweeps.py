@@ -228,6 +228,7 @@ def test_a_bundled_sweep_does_not_stand_in_the_way_of_other_settings() -> None:
         ("tune.space.nope.x=[1]", "tune.space.nope.x: cannot be tried; expected a key that starts with one of method, data"),
         ("tune.space.tune.trials=[1]", "tune.space.tune.trials: cannot be tried"),
         ("tune.space.train.seeds=[1]", "tune.space.train.seeds: a trial cannot have train.seeds of its own; leave it out"),
+        ("tune.space.train.workers=[1, 2]", "tune.space.train.workers: a trial cannot have train.workers of its own"),
         ("tune.space.train.compare=[[csm]]", "tune.space.train.compare: a trial cannot have train.compare of its own"),
         ("tune.space.train.methods.csm.mixed.weight=[1]", "write method.mixed.weight"),
         ("tune.space.train.optimizer.nope=[1]", "tune.space.train.optimizer.nope: no such setting; allowed: kind, epochs"),
