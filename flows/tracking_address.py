@@ -50,6 +50,8 @@ class Address:
             raise InputError(f"{where}: not an address ({masked(str(error))})") from None
         if not parts.hostname or port == 0:
             raise InputError(f"{where}: needs a host, as in {scheme}://HOST:PORT")
+        if not self.is_server:
+            _check_driver(self.uri, where)
 
     @property
     def is_local(self) -> bool:
@@ -74,6 +76,20 @@ class Address:
 
     def __str__(self) -> str:
         return masked(self.uri) or "the workspace's store"
+
+
+def _check_driver(uri: str, where: str) -> None:
+    """Whether SQLAlchemy can load what speaks to the database."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except ModuleNotFoundError as error:
+        hint = "install it, or name one that is installed, as in postgresql+psycopg2:// (pip install 'csm[postgres]')"
+        raise InputError(f"{where}: needs the Python package {error.name}; {hint}") from None
+    except SQLAlchemyError as error:
+        raise InputError(f"{where}: not an address of a database ({masked(' '.join(str(error).split()))})") from None
 
 
 OWN = Address()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from flows.options import OUTPUT_OPTIONS, print_table, show_result, with_options
+from flows.options import OUTPUT_OPTIONS, TRACKING_OPTIONS, print_table, show_result, with_options
+from flows.tracking_address import Address, masked
 
 
 @click.group(help="Speed, as a ratio against a named baseline measured in the same run.")
@@ -98,7 +99,7 @@ def _mix(workspace: Path | None, seconds: float, compiled: bool, as_json: bool, 
 @click.option(
     "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
 )
-@with_options(OUTPUT_OPTIONS)
+@with_options((*TRACKING_OPTIONS, *OUTPUT_OPTIONS))
 def _truth(
     config: str,
     overrides: tuple[str, ...],
@@ -106,14 +107,15 @@ def _truth(
     seeds: int,
     generators: tuple[str, ...],
     address: str,
+    tracking_uri: str,
+    experiment: str,
     as_json: bool,
     debug: bool,
 ) -> None:
     from flows.bench.truth import GENERATORS, measure, table
 
-    rows = measure(
-        workspace, config, overrides, seeds, generators or tuple(GENERATORS), address, " ".join(["csm", *sys.argv[1:]])
-    )
+    tracking, line = Address(tracking_uri, experiment), masked(" ".join(["csm", *sys.argv[1:]]))
+    rows = measure(workspace, config, overrides, seeds, generators or tuple(GENERATORS), address, line, tracking)
     for generator in generators or GENERATORS:
         print_table(table(rows, generator), width=130)
     click.echo(f"plots, runs and rows: {workspace}")
@@ -140,7 +142,7 @@ def _truth(
 @click.option(
     "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
 )
-@with_options(OUTPUT_OPTIONS)
+@with_options((*TRACKING_OPTIONS, *OUTPUT_OPTIONS))
 def _calibration(
     config: str,
     methods: str | None,
@@ -148,13 +150,16 @@ def _calibration(
     overrides: tuple[str, ...],
     workspace: Path,
     address: str,
+    tracking_uri: str,
+    experiment: str,
     as_json: bool,
     debug: bool,
 ) -> None:
     from flows.bench.calibration import calibrate, configure
     from flows.run import results_tables
 
-    outcome = calibrate(configure(config, overrides, methods, seeds), workspace, address, " ".join(["csm", *sys.argv[1:]]))
+    tracking, line = Address(tracking_uri, experiment), masked(" ".join(["csm", *sys.argv[1:]]))
+    outcome = calibrate(configure(config, overrides, methods, seeds), workspace, address, line, tracking)
     if outcome.config is not None:
         for table in results_tables(outcome.config, workspace):
             print_table(table)

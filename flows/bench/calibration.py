@@ -16,6 +16,7 @@ from flows.config import Config, load_config
 from flows.progress import say
 from flows.run import run_verb
 from flows.summary import NONE, TEMPERATURE
+from flows.tracking_address import OWN, Address
 
 METRICS = ("accuracy", "ece", "aece", "nll", "brier")
 AFTER = ("ece", "nll")
@@ -65,7 +66,7 @@ def configure(config: str, overrides: Sequence[str] = (), methods: str | None = 
     return load_config(config, [*settings, "train.loss=null", f"train.compare=[{', '.join(dict.fromkeys(names))}]"])
 
 
-def calibrate(config: Config, root: Path, address: str = "local", command: str = "") -> Outcome:
+def calibrate(config: Config, root: Path, address: str = "local", command: str = "", tracking: Address = OWN) -> Outcome:
     """Run the pipeline with every method and seed of ``config`` in workspace ``root``; what is done there is not done again.
 
     Methods of which a training fails are left out of the metrics, the comparison and the report, and tried again next time. MLflow has a
@@ -82,7 +83,7 @@ def calibrate(config: Config, root: Path, address: str = "local", command: str =
     """
     failed: dict[str, str] = {}
     try:
-        run_verb("run", config, root, address, command)
+        run_verb("run", config, root, address, command, (), tracking)
     except TrainingError as error:
         lost = [
             name for name in config.train.chosen if any(_run(name, seed) in error.errors for seed in range(config.train.seeds))
@@ -95,7 +96,7 @@ def calibrate(config: Config, root: Path, address: str = "local", command: str =
             return Outcome([], failed, None)
         say(f"going on without {', '.join(lost)}")
         config = replace(config, train=replace(config.train, compare=left))
-        run_verb("run", config, root, address, command)
+        run_verb("run", config, root, address, command, (), tracking)
     rows = _rows(config, Workspace(root))
     storage.write_json(root / "calibration.json", rows)
     return Outcome(rows, failed, config)

@@ -26,6 +26,7 @@ from flows.fit_annotators import resolve
 from flows.progress import say
 from flows.run import run_verb
 from flows.tracking import Tracker
+from flows.tracking_address import OWN, Address
 
 GENERATORS = {"fitted": "gaussians", "oracle": "truth"}  # fitted first: the honest one
 NONE = "none"  # annotator of methods without mixed images
@@ -42,6 +43,7 @@ def measure(
     generators: Sequence[str] = tuple(GENERATORS),
     address: str = "local",
     command: str = "",
+    tracking: Address = OWN,
 ) -> list[dict[str, Any]]:
     """Run the pipeline on data sets whose posterior is known; compare every annotator's labels, and its classifiers, with the truth.
 
@@ -56,6 +58,7 @@ def measure(
         generators: of ``GENERATORS``.
         address: of Ray.
         command: that was typed, for the reports.
+        tracking: where the runs go; by default into a store below ``root`` and those of the workspaces.
 
     Returns:
         A row for each generator, seed and method, and one for ``auto``, whose method is that of the annotator it chose:
@@ -83,14 +86,14 @@ def measure(
                 )
             workspace = Workspace(root / f"{generator}-seed{seed}")
             say(f"{generator} generator, data-set seed {seed}: {workspace.root}")
-            run_verb("run", resolved, workspace.root, address, command)
+            run_verb("run", resolved, workspace.root, address, command, tracking=tracking)
             of_seed = [
                 {"annotator": name, "generator": generator, "seed": seed, **row} for name, row in _rows(resolved, workspace)
             ]
             figures[seed] = _figure(workspace, generator, of_seed)
             measured += of_seed
         figures[0].savefig(root / f"labels-{generator}.png")
-        tracker = Tracker(root, command=command)
+        tracker = Tracker(root, tracking, command)
         try:
             _track(tracker, root, generator, measured, figures)
         finally:

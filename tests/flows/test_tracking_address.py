@@ -3,6 +3,7 @@ import subprocess
 import pytest
 
 from csm.errors import InputError
+from flows import cli
 from flows.tracking_address import OWN, Address, masked
 from flows.tracking_inputs import origin_tags
 
@@ -20,6 +21,8 @@ from flows.tracking_inputs import origin_tags
         ("http://host:port", "not an address"),
         ("http://host:0", "needs a host"),
         ("http://[::1", "not an address"),
+        ("mysql+nope://host/mlflow", "not an address of a database"),
+        ("mssql+pymssql://host/mlflow", "needs the Python package pymssql; install it"),
         ("sqlite://", "not in a folder"),
         ("sqlite:///", "needs a file"),
         ("sqlite://relative.db", "needs a file"),
@@ -39,8 +42,7 @@ def test_an_address_that_mlflow_cannot_use_is_one_line(uri, words):
         ("", True, False),
         ("http://127.0.0.1:5000", False, True),
         ("https://host/prefix", False, True),
-        ("postgresql://user:word@host:5432/mlflow", False, False),
-        ("mysql+pymysql://host/mlflow", False, False),
+        ("postgresql+psycopg2://user:word@host:5432/mlflow", False, False),
         ("sqlite:///mlflow.db", True, False),
         ("sqlite:////folder/mlflow.db", True, False),
     ],
@@ -109,3 +111,37 @@ def test_origin_is_the_commit_of_the_users_folder(tmp_path, monkeypatch):
     assert tags["mlflow.source.name"] == "csm run --tracking-uri http://***@h"
     monkeypatch.setenv("PATH", "")
     assert "mlflow.source.git.commit" not in origin_tags("")
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch, tmp_path):
+    """The one line of a command that is refused, and that nothing was written."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        assert (ended.value.code, out, err.count("\n")) == (2, "", 1), err
+        assert not any(tmp_path.iterdir())
+        return err
+
+    return run
+
+
+@pytest.mark.parametrize("verb", ["prepare", "run"])
+def test_a_command_refuses_a_wrong_address_before_it_does_anything(refused, verb):
+    line = refused(verb, "--tracking-uri", f"foo://user:{SECRET}@x")
+    assert line.startswith("csm: --tracking-uri foo://***@x: no known kind of tracking store; one of http://")
+
+
+def test_the_address_of_the_environment_is_used_and_an_empty_one_is_none(refused, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///runs")
+    assert "--tracking-uri file:///runs: runs are kept on a server or in a database" in refused("run")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert refused("run", "--config", "nope").startswith("csm: --config nope")
+
+
+@pytest.mark.parametrize("bench", ["truth", "calibration"])
+def test_benchmarks_track_there_too(refused, bench):
+    assert "no known kind of tracking store" in refused("bench", bench, "--tracking-uri", "foo://x")
