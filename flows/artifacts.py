@@ -190,7 +190,19 @@ def _remove_temporaries(root: Path) -> None:
     if (root / "stages").is_dir():
         folders = [
             root / name
-            for name in ("stages", "real", "truth", "generator", "mixed", "annotations", "annotators", "runs", "model", "shift")
+            for name in (
+                "stages",
+                "real",
+                "truth",
+                "generator",
+                "mixed",
+                "annotations",
+                "annotators",
+                "runs",
+                "model",
+                "tune",
+                "shift",
+            )  # fmt: skip
         ]
         for path in [*root.glob(".*.tmp"), *(path for folder in folders for path in folder.rglob(".*.tmp"))]:
             path.unlink(missing_ok=True)

@@ -135,6 +135,42 @@ _add_verb("report", "Write report.html: table, reliability, mixed images.")
 _add_verb("run", "All of it: from the data to the report. What is already done is reused.")
 
 
+@cli.command(help="Try configurations of tune.space, several at a time, and write the best one as best.yaml.")
+@with_options(SHARED_OPTIONS)
+def tune(
+    config: str,
+    overrides: tuple[str, ...],
+    workspace: Path,
+    address: str,
+    forced: tuple[str, ...],
+    tracking_uri: str,
+    experiment: str,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    started = time.monotonic()
+    from csm.errors import InputError
+    from flows.config import load_config
+    from flows.tracking_address import Address, masked
+
+    resolved = load_config(config, overrides)
+    tracking = Address(tracking_uri, experiment)
+    from flows.run import STAGES
+    from flows.tune import tune as sweep
+
+    for stage in forced:
+        if stage not in (*STAGES, "tune"):
+            raise InputError(f"--force {stage}: unknown stage; one of tune, {', '.join(STAGES)}")
+    line = masked(" ".join(["csm", *sys.argv[1:]]))
+    result, shown = sweep(resolved, workspace, address, line, forced, tracking)
+    result["seconds"] = round(time.monotonic() - started, 3)
+    for table in shown:
+        print_table(table, 140)
+    click.echo(f"best: {result['best_yaml']}")
+    if as_json:
+        click.echo(json.dumps(result))
+
+
 @cli.command(help="Write the mixed images with their soft labels, or the finished model, for other programs.")
 @with_options(CONFIG_OPTIONS)
 @click.option(

@@ -67,7 +67,7 @@ class Stage:
 
 @dataclass
 class Context:
-    """Everything that the stages of one command share."""
+    """Everything that the stages of one command share. ``kind`` and ``key`` are of the parent run, "" for a key of the configuration."""
 
     config: Config
     workspace: Workspace
@@ -76,6 +76,8 @@ class Context:
     command: str = ""
     forced: frozenset[str] = frozenset()
     tracking: Address = OWN
+    kind: str = "pipeline"
+    key: str = ""
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     _resources: ExitStack = field(default_factory=ExitStack)
     _tracker: Tracker | None = None
@@ -87,7 +89,7 @@ class Context:
         """The tracking store, with the parent run open; made when first needed."""
         if self._tracker is None:
             tracker = self._open_tracker()
-            tags = {"csm.config": self.config.name, "csm.kind": "pipeline", "mlflow.note.content": self.config.description}
+            tags = {"csm.config": self.config.name, "csm.kind": self.kind, "mlflow.note.content": self.config.description}
             tracker.open_run(self.parent_key, self.config.name, tags, plain_settings(self.config))
             tracker.watch(self.parent_key)
             self._tracker = tracker
@@ -117,7 +119,7 @@ class Context:
 
     @property
     def parent_key(self) -> str:
-        return f"pipeline {storage.digest(plain_settings(self.config))}"
+        return self.key or f"pipeline {storage.digest(plain_settings(self.config))}"
 
     def child(self, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any], parent: str | None = None) -> str:
         """Open the child run ``key`` of the run under key ``parent`` (none: the parent run) and return its key."""

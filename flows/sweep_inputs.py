@@ -1,0 +1,155 @@
+"""What trials train on: the images and labels of the workspace, or of a workspace for each way to make them that a sweep tries."""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from csm import storage
+from csm.errors import InputError
+from csm.methods import MixedTerm
+from csm.search.domains import Range
+from csm.search.space import SearchSpace
+from flows.artifacts import Workspace
+from flows.config import Config, plain
+from flows.progress import say
+from flows.run import STAGES, verb_stages
+from flows.stages import Context, refuse_replacing, run_stage, stale
+from flows.sweep_records import SweepFolder
+from flows.sweeps import trial_config
+
+FOLDERS = {  # what each stage leaves for trials, and for the stages after it
+    "prepare": ("dataset.json", "real", "truth"),
+    "generator": ("generator",),
+    "fit-teacher": ("annotators",),
+    "fit-annotators": ("annotators",),
+    "plan": ("plan.parquet",),
+    "mix": ("mixed",),
+    "annotate": ("annotations",),
+}
+MAKING = ("data", "generator", "plan", "mix", "annotate")  # sections that say what images and labels there are
+CHOOSING = ("annotate.annotator",)  # this one only says whose
+
+
+def input_part(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a trial's values by which its images or their labels differ."""
+    return {key: value for key, value in sorted(values.items()) if _is_input(key)}
+
+
+def input_choices(space: SearchSpace) -> list[dict[str, Any]]:
+    """Every ``input_part`` that trials may have; only the empty one if they all train on the same.
+
+    Raises:
+        InputError: one is a range: each value of it would need images of its own.
+    """
+    found: list[dict[str, Any]] = [{}]
+    for key, domain in space.entries:
+        if isinstance(domain, Range):
+            if _is_input(key):
+                raise InputError(
+                    f"tune.space.{key}: every value needs images or labels of its own; give a list of choices, not a range"
+                )
+            continue
+        options = [
+            ({key: value} if _is_input(key) else {}) | below
+            for value, branch in zip(domain.values, domain.branches, strict=True)
+            for below in input_choices(branch)
+        ]
+        found = [before | option for before in found for option in _unique(options)]
+    return _unique(input_part(values) for values in found)
+
+
+def input_config(config: Config, values: Mapping[str, Any]) -> Config:
+    """A configuration whose stages before ``train`` make what all trials with the input part ``values`` need, and nothing for others."""
+    corners = [trial_config(config, corner) for _, corner in config.tune.search_space.corners()] or [trial_config(config, {})]
+    base = trial_config(config, values)
+    if not any(corner.mixes for corner in corners):
+        return base
+    names = dict.fromkeys(name for corner in corners for name in corner.annotators)
+    methods = {f"sweep-{number}": {"mixed": asdict(MixedTerm(annotator=name))} for number, name in enumerate(names)}
+    more = {f"train.methods.{name}": plain(method) for name, method in methods.items()}
+    return base.with_values({**more, "train.compare": list(methods)})
+
+
+def make_inputs(context: Context, folder: SweepFolder) -> dict[str, Workspace]:
+    """Bring up to date what trials train on: digest of an ``input_part`` -> the workspace that holds it.
+
+    That is the workspace of ``context`` itself unless there are several. Of those each is filled with links to whatever the workspace, or
+    another of them, already holds and that is the same.
+    """
+    parts = input_choices(context.config.tune.search_space)
+    if len(parts) == 1 and not parts[0]:
+        _run(context, input_config(context.config, {}))
+        return {storage.digest({}): context.workspace}
+    made: dict[str, Workspace] = {}
+    for number, part in enumerate(parts):
+        digest = storage.digest(part)
+        workspace = Workspace(folder.inputs / digest)
+        say(
+            f"tune: images and labels {number + 1} of {len(parts)}: " + ", ".join(f"{key} {value}" for key, value in part.items())
+        )
+        config = input_config(context.config, part)
+        workspace.root.mkdir(parents=True, exist_ok=True)
+        below = replace(context, workspace=workspace)
+        _link_inputs(replace(below, config=config), [context.workspace, *made.values()])
+        _run(below, config)
+        context._connected = below._connected  # Ray is started once
+        made[digest] = workspace
+    return made
+
+
+def _run(context: Context, config: Config) -> None:
+    """Run the stages of ``config`` that come before training."""
+    inner = replace(context, config=config)
+    names = [name for name in verb_stages("run", config) if name in FOLDERS]
+    refuse_replacing(inner, names)
+    for name in names:
+        run_stage(inner, name)
+        if not inner.outcomes[name]["reused"]:
+            storage.write_text(inner.workspace.config, config.to_yaml())
+        if name == "prepare":
+            for later in names:
+                STAGES[later].check(inner)
+    context._connected = inner._connected
+
+
+def _link_inputs(context: Context, sources: Sequence[Workspace]) -> None:
+    """Link into the workspace of ``context`` what its configuration would make again, or in part, as one of ``sources`` holds it."""
+    target = context.workspace
+    for name in [name for name in verb_stages("run", context.config) if name in FOLDERS]:
+        if target.record(name) is not None:
+            continue
+        fresh = next((source for source in sources if stale(replace(context, workspace=source), name) is None), None)
+        if fresh is None and STAGES[name].incremental:  # it knows itself what of it is still good
+            fresh = next((source for source in sources if source.record(name) is not None), None)
+        if fresh is None:
+            continue
+        for place in FOLDERS[name]:
+            _link(fresh.root / place, target.root / place)
+        record = fresh.record(name)
+        assert record is not None
+        target.write_record(record)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give the file, or all files below the folder, at ``source`` a second name below ``target``; files are only ever replaced whole."""
+    files = [path for path in source.rglob("*") if path.is_file()] if source.is_dir() else [source] if source.is_file() else []
+    for path in files:
+        name = target / path.relative_to(source) if path != source else target
+        if name.exists() or path.name.endswith(".tmp"):
+            continue
+        name.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, name)
+        except OSError:  # a file system without links
+            shutil.copy2(path, name)
+
+
+def _is_input(key: str) -> bool:
+    return key.partition(".")[0] in MAKING and key not in CHOOSING
+
+
+def _unique(values: Any) -> list[dict[str, Any]]:
+    return list({storage.digest(value): value for value in values}.values())
