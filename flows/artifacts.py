@@ -13,6 +13,12 @@ from csm import storage
 from csm.errors import InputError
 
 
+# Where files are written, besides the root.
+FOLDERS = (
+    "stages", "real", "truth", "generator", "mixed", "annotations", "annotators", "runs", "model", "tune", "shift",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class StageRecord:
     """What ``stages/NAME.json`` holds.
@@ -188,22 +194,7 @@ def is_url(path: Path) -> bool:
 def _remove_temporaries(root: Path) -> None:
     """Remove what a killed process wrote beside its files (`storage.replacing`) and could not rename any more."""
     if (root / "stages").is_dir():
-        folders = [
-            root / name
-            for name in (
-                "stages",
-                "real",
-                "truth",
-                "generator",
-                "mixed",
-                "annotations",
-                "annotators",
-                "runs",
-                "model",
-                "tune",
-                "shift",
-            )  # fmt: skip
-        ]
+        folders = [root / name for name in FOLDERS]
         for path in [*root.glob(".*.tmp"), *(path for folder in folders for path in folder.rglob(".*.tmp"))]:
             path.unlink(missing_ok=True)
 

@@ -81,6 +81,16 @@ class SweepFolder:
         return self.root / "tune" / "plots"
 
     @property
+    def importance(self) -> Path:
+        """How much each setting mattered, for the report."""
+        return self.root / "tune" / "importance.json"
+
+    @property
+    def model(self) -> Path:
+        """The best trial as a finished model."""
+        return self.root / "tune" / "model"
+
+    @property
     def table(self) -> Path:
         return self.root / "sweep.parquet"
 
@@ -105,9 +115,9 @@ class SweepFolder:
     def drop(self) -> None:
         """Remove the sweep, but not the images that it needed."""
         self.settings.unlink(missing_ok=True)
-        for path in (self.trials, self.plots):
+        for path in (self.trials, self.plots, self.model):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (self.table, self.best):
+        for path in (self.importance, self.table, self.best):
             path.unlink(missing_ok=True)
 
     def open(self, config: Config) -> SweepRecord:

@@ -1,6 +1,7 @@
 """tune: a sweep over configurations, from the images that its trials need to the best of them as a configuration of its own."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from csm.search.study import Study
 from csm.sweep_plots import importance_bars, objective_history, pareto_plot, slices
 from flows.artifacts import open_workspace
 from flows.config import Config
+from flows.model import finish, registry_name
 from flows.progress import say
 from flows.run import STAGES, terminable
 from flows.stages import Context
-from flows.sweep_inputs import input_choices, make_inputs
+from flows.sweep_inputs import input_choices, input_part, make_inputs
 from flows.sweep_records import Estimate, SweepFolder, TrialRecord
 from flows.sweep_results import front, front_metrics, importance_table, measure, ranking, sweep_table, trials_table
 from flows.sweep_trials import Trials
@@ -41,7 +43,7 @@ def tune(
         forced: names of stages, which make the images that trials need again, or "tune": drop the sweep that is there.
 
     Returns:
-        What ``--json`` prints (trials, failed, best, best_yaml, sweep), and tables for the terminal.
+        What ``--json`` prints (trials, failed, best, best_yaml, sweep, model), and tables for the terminal.
 
     Raises:
         InputError: the space does not fit the rest, the workspace holds another sweep, or no trial came to its end.
@@ -62,6 +64,8 @@ def tune(
             if address != "local":
                 context.connect()
             context.tracker  # noqa: B018  opens the parent run, to which the stages of every workspace of images belong
+            if name := registry_name(config):
+                context.tracker.check_model_name(name)
             inputs = make_inputs(context, folder)
             settings = config.tune
             study = Study(settings.search_space, settings.search, settings.objectives, settings.seed)
@@ -102,6 +106,7 @@ def _conclude(trials: Trials) -> tuple[dict[str, Any], list[Table]]:
     storage.write_text(folder.best, best_config(config, ranked[0].values).to_yaml())
     objective = settings.objectives[0]
     mattered = importance(space, [(record.values, record.val[objective][0]) for record in ranked], settings.seed)
+    storage.write_json(folder.importance, [item._asdict() for item in mattered])
     _draw(trials, ranked, best, mattered)
     failed = sum(record.status == "failed" for record in records)
     values = {f"val_{name}": estimate[0] for name, estimate in ranked[0].val.items()}
@@ -110,20 +115,31 @@ def _conclude(trials: Trials) -> tuple[dict[str, Any], list[Table]]:
     context.tracker.log_metrics(context.parent_key, {**totals, **values})
     for file in (folder.table, folder.best):
         context.tracker.log_file(context.parent_key, file)
-    # TO BE WIRED BY THE LEAD (branch i6-model, flows/model.py): the best trial as the finished model,
-    #   context = replace(context, workspace=<workspace of ranked[0]: trials.inputs[storage.digest(input_part(ranked[0].values))]>)
-    #   context.workspace.drop("model", [])          # workspace/model is then no longer what `csm train` chose
-    #   finish(context, trials.specs[ranked[0].number], <main workspace>.model, trials.key(ranked[0].number), registry_name(config))
-    say(f"tune: trial {ranked[0].number} is best; csm run --config {folder.best} repeats it")
+    _finish(trials, ranked[0])
+    say(f"tune: trial {ranked[0].number} is best; csm run --config {folder.best} repeats it, csm report shows the sweep")
     result = {
         "trials": len(records),
         "failed": failed,
         "best": {"trial": ranked[0].number, "values": ranked[0].values, **values},
         "best_yaml": str(folder.best),
         "sweep": str(folder.table),
+        "model": str(folder.model),
     }
     shown = [trials_table(records, settings, test), *([importance_table(mattered, objective)] if mattered else [])]
     return result, shown
+
+
+def _finish(trials: Trials, best: TrialRecord) -> None:
+    """Make the best trial a finished model, in the folder of the sweep and in the registry."""
+    context, number = trials.context, best.number
+    workspace = trials.inputs[storage.digest(input_part(best.values))]
+    finish(
+        replace(context, workspace=workspace),
+        trials.specs[number],
+        trials.folder.model,
+        trials.key(number),
+        registry_name(context.config),
+    )
 
 
 def _run_ids(trials: Trials, records: Sequence[TrialRecord]) -> Mapping[int, str | None]:

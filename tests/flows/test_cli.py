@@ -14,7 +14,7 @@ from flows.config import load_config
 from flows.run import STAGES, VERBS, verb_stages
 
 RUN_VERBS = ("prepare", "shift", "fit-generator", "plan", "mix", "annotate", "train", "evaluate", "report", "run")
-ALL_VERBS = (*RUN_VERBS, "export", "predict", "check", "calibrate", "serve", "compare", "ui", "doctor")
+ALL_VERBS = (*RUN_VERBS, "tune", "export", "predict", "check", "calibrate", "serve", "compare", "ui", "doctor")
 
 
 @pytest.fixture
