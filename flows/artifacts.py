@@ -12,7 +12,6 @@ from typing import Any
 from csm import storage
 from csm.errors import InputError
 
-
 # Where files are written, besides the root.
 FOLDERS = (
     "stages", "real", "truth", "generator", "mixed", "annotations", "annotators", "runs", "model", "tune", "shift",
