@@ -2,6 +2,8 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+# Files of tests go to two processes, of one thread each: much of a test is waiting for the start of others.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 # The stamp is written when an install has ended well. No stamp: .venv is unfinished and is made again from nothing.
 INSTALLED := .venv/.installed
 
@@ -18,10 +20,10 @@ demo: $(INSTALLED) ## run the whole pipeline on the bundled digits and write wor
 	$(BIN)/csm run --config demo $(ARGS)
 
 test: $(INSTALLED) ## the tests, without the slow ones
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(INSTALLED) ## every test; those marked gpu only where torch finds one
-	$(BIN)/pytest -m "$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")')" $(ARGS)
+	$(PYTEST) -m "$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")')" $(ARGS)
 
 check: $(INSTALLED) ## lint, format, types, and the import rule between the storeys
 	$(BIN)/ruff check

@@ -165,7 +165,7 @@ def tune(
     result, shown = sweep(resolved, workspace, address, line, forced, tracking)
     result["seconds"] = round(time.monotonic() - started, 3)
     for table in shown:
-        print_table(table, 140)
+        print_table(table)
     click.echo(f"best: {result['best_yaml']}")
     if as_json:
         click.echo(json.dumps(result))

@@ -157,19 +157,20 @@ def trials_table(records: Sequence[TrialRecord], tune: TuneConfig, test: Mapping
     stopped = sum(record.status == "stopped" for record in records)
     after = "" if tune.posthoc == NONE else f", after {tune.posthoc}"
     title = f"{len(ranked)} trials done, {stopped} stopped, {failed} failed; by {tune.objectives[0]} on validation{after}"
-    table = Table(title=title, caption=f"* Pareto front of {' and '.join(front_metrics(tune))}; intervals: 95 %")
+    shares = (
+        f"* Pareto front of {' and '.join(front_metrics(tune))}; in brackets: on test, for chosen trials; 95 % interval below"
+    )
+    table = Table(title=title, caption=shares)
     metrics = measured(tune)
     table.add_column("trial", justify="right")
     for name in metrics:
         table.add_column(_heading(name), justify="right")
-    for name in metrics:
-        table.add_column(f"test {_heading(name)}", justify="right")
     table.add_column("tried", overflow="fold", min_width=24)
     names = short_names(key for record in shown for key in record.values)
     for record in shown:
         tried = ", ".join(f"{names[key]} {_number(value)}" for key, value in record.values.items())
-        cells = [_estimate(record.val[name], is_long=name == tune.objectives[0]) for name in metrics]
-        cells += [_estimate(test[record.number][name]) if record.number in test else "" for name in metrics]
+        on_test = test.get(record.number, {})
+        cells = [_estimate(record.val[name], on_test.get(name), is_long=name == tune.objectives[0]) for name in metrics]
         table.add_row(f"{record.number}{'*' if record.number in best else ' '}", *cells, tried)
     return table
 
@@ -199,9 +200,10 @@ def _heading(metric: str) -> str:
     return f"{metric} {UNITS.get(metric, '×100')}"
 
 
-def _estimate(estimate: Estimate, is_long: bool = False) -> str:
+def _estimate(estimate: Estimate, on_test: Estimate | None, is_long: bool) -> str:
     mean, low, high = (None if end is None else f"{100 * end:.1f}" for end in estimate)
-    return f"{mean}\n{low} to {high}" if is_long and low is not None else str(mean)
+    told = f"{mean} ({100 * on_test[0]:.1f})" if on_test is not None else str(mean)
+    return f"{told}\n{low}-{high}" if is_long and low is not None else told
 
 
 def _number(value: Any) -> str:
