@@ -31,6 +31,7 @@ class TrialRecord:
         fingerprint: of its trainings: with another one, its results are of other data or code.
         epochs: of the first seed.
         seconds: that its trainings took, summed over seeds.
+        last: what it tried at its end, where a population changed ``values`` on the way; else empty.
         val: metric -> mean over seeds on validation, and the ends of its interval.
     """
 
@@ -41,6 +42,7 @@ class TrialRecord:
     fingerprint: str = ""
     epochs: int = 0
     seconds: float = 0.0
+    last: dict[str, Any] = field(default_factory=dict)
     val: dict[str, Estimate] = field(default_factory=dict)
 
 
@@ -109,8 +111,8 @@ class SweepFolder:
     def write_trial(self, record: TrialRecord) -> None:
         storage.write_json(self.trial(record.number) / "trial.json", plain(asdict(record)))
 
-    def write_specs(self, number: int, specs: Sequence[RunSpec]) -> None:
-        storage.write_json(self.trial(number) / "specs.json", plain(asdict(TrialSpecs(tuple(specs)))))
+    def write_specs(self, record: TrialRecord, specs: Sequence[RunSpec]) -> None:
+        storage.write_json(self.trial(record.number) / "specs.json", plain(asdict(TrialSpecs(record.values, tuple(specs)))))
 
     def drop(self) -> None:
         """Remove the sweep, but not the images that it needed."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.tuning import TrialEvent, run_trials
+from cluster.tuning_population import population_history
 from cluster.tuning_trials import Race
 from csm import storage
 from csm.datasets import RealDataset
@@ -182,7 +183,7 @@ class Trials:
 
     def _start(self, record: TrialRecord, specs: tuple[RunSpec, ...]) -> None:
         self.records[record.number], self.specs[record.number] = record, specs
-        self.folder.write_specs(record.number, specs)
+        self.folder.write_specs(record, specs)
         self.folder.write_trial(record)
 
     def _hear(self, event: TrialEvent, progress: Task) -> None:
@@ -216,7 +217,8 @@ class Trials:
                 val = measure(specs, "val", config.tune, config.evaluate.bins, n_classes)
             except ValueError as error:  # InputError is one: logits that are not finite, too few images to calibrate
                 return replace(record, status="failed", error=" ".join(str(error).split()), seconds=round(seconds, 3))
-            return replace(record, status="done", val=val, seconds=round(seconds, 3))
+            taken = population_history(specs[0].directory)
+            return replace(record, status="done", val=val, seconds=round(seconds, 3), last=taken[-1]["values"] if taken else {})
         status = "stopped" if event.kind == "stopped" else "failed"
         return replace(record, status=status, error=event.error, seconds=round(spent, 3))
 

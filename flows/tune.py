@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from cluster.session import require_answer
+from cluster.tuning_population import check_pbt
 from csm import storage, tables
 from csm.datasets import RealDataset
 from csm.errors import InputError
@@ -51,6 +52,8 @@ def tune(
     require_answer(address)
     check_tune(config)
     input_choices(config.tune.search_space)
+    if config.tune.scheduler.kind == "pbt":
+        check_pbt(config.tune.search_space.keys)
     with open_workspace(workspace) as opened, terminable():
         folder = SweepFolder(opened.root)
         if "tune" in forced:
@@ -103,7 +106,7 @@ def _conclude(trials: Trials) -> tuple[dict[str, Any], list[Table]]:
             context.tracker.log_metrics(trials.key(record.number), values, record.epochs)
     frame, schema = sweep_table(records, space, settings, test, _run_ids(trials, records))
     tables.write(frame, folder.table, schema)
-    storage.write_text(folder.best, best_config(config, ranked[0].values).to_yaml())
+    storage.write_text(folder.best, best_config(config, ranked[0].last or ranked[0].values).to_yaml())
     objective = settings.objectives[0]
     mattered = importance(space, [(record.values, record.val[objective][0]) for record in ranked], settings.seed)
     storage.write_json(folder.importance, [item._asdict() for item in mattered])
