@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ FOLDERS = {  # what each stage leaves for trials, and for the stages after it
     "mix": ("mixed",),
     "annotate": ("annotations",),
 }
+IMAGES = tuple(name for name in FOLDERS if "annotat" not in name)  # the stages that make no labels
 MAKING = ("data", "generator", "plan", "mix", "annotate")  # sections that say what images and labels there are
 CHOOSING = ("annotate.annotator",)  # this one only says whose
 
@@ -74,23 +75,23 @@ def input_config(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def make_inputs(context: Context, folder: SweepFolder) -> dict[str, Workspace]:
-    """Bring up to date what trials train on: digest of an ``input_part`` -> the workspace that holds it.
+    """Bring up to date what trials train on: digest of an ``input_part`` -> the workspace that holds it, below the folder of the sweep.
 
-    That is the workspace of ``context`` itself unless there are several. Of those each is filled with links to whatever the workspace, or
-    another of them, already holds and that is the same.
+    Each is filled with links to what the workspace of ``context``, or another of them, already holds and that is the same. If trials do not
+    differ in their images, these are made in the workspace itself, for `csm run` to find. Labels are not: the annotators that a sweep asks
+    are others than those of a comparison, which would then be out of date.
     """
     parts = input_choices(context.config.tune.search_space)
-    if len(parts) == 1 and not parts[0]:
-        _run(context, input_config(context.config, {}))
-        return {storage.digest({}): context.workspace}
     made: dict[str, Workspace] = {}
     for number, part in enumerate(parts):
         digest = storage.digest(part)
         workspace = Workspace(folder.inputs / digest)
-        say(
-            f"tune: images and labels {number + 1} of {len(parts)}: " + ", ".join(f"{key} {value}" for key, value in part.items())
-        )
+        if part:
+            values = ", ".join(f"{key} {value}" for key, value in part.items())
+            say(f"tune: images and labels {number + 1} of {len(parts)}: {values}")
         config = input_config(context.config, part)
+        if not part:
+            _run(context, config, IMAGES)
         workspace.root.mkdir(parents=True, exist_ok=True)
         below = replace(context, workspace=workspace)
         _link_inputs(replace(below, config=config), [context.workspace, *made.values()])
@@ -100,10 +101,10 @@ def make_inputs(context: Context, folder: SweepFolder) -> dict[str, Workspace]:
     return made
 
 
-def _run(context: Context, config: Config) -> None:
-    """Run the stages of ``config`` that come before training."""
+def _run(context: Context, config: Config, stages: Collection[str] = FOLDERS) -> None:
+    """Run those of ``stages`` that come before training under ``config``."""
     inner = replace(context, config=config)
-    names = [name for name in verb_stages("run", config) if name in FOLDERS]
+    names = [name for name in verb_stages("run", config) if name in stages]
     refuse_replacing(inner, names)
     for name in names:
         run_stage(inner, name)
@@ -119,13 +120,16 @@ def _link_inputs(context: Context, sources: Sequence[Workspace]) -> None:
     """Link into the workspace of ``context`` what its configuration would make again, or in part, as one of ``sources`` holds it."""
     target = context.workspace
     for name in [name for name in verb_stages("run", context.config) if name in FOLDERS]:
-        if target.record(name) is not None:
+        if stale(context, name) is None:
             continue
+        is_new = target.record(name) is None
         fresh = next((source for source in sources if stale(replace(context, workspace=source), name) is None), None)
-        if fresh is None and STAGES[name].incremental:  # it knows itself what of it is still good
+        if fresh is None and STAGES[name].incremental and is_new:  # it knows itself what of it is still good
             fresh = next((source for source in sources if source.record(name) is not None), None)
         if fresh is None:
             continue
+        if not is_new:
+            target.drop(name, STAGES[name].outputs(target, context.config))
         for place in FOLDERS[name]:
             _link(fresh.root / place, target.root / place)
         record = fresh.record(name)
