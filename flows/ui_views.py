@@ -71,7 +71,7 @@ def _classifiers(runs: Sequence[Run]) -> View:
         _kind("classifier"),
         columns=[*_tags("method", "seed", "loss", "annotator"), *_metrics(*TEST, *AFTER), _metric("temperature")],
         order="test_nll",
-        charts=[*_test_charts(), _parallel(_varying(runs), ["test_accuracy", "test_ece", "test_nll"])],
+        charts=[*_test_charts(), _parallel(_axes(_varying(runs), runs), ["test_accuracy", "test_ece", "test_nll"])],
     )
     return View("classifiers", "Classifiers", state)
 
@@ -99,7 +99,7 @@ def _trials(runs: Sequence[Run]) -> View:
         columns=[*(_column("params", name) for name in searched), *_metrics(*objectives)],
         order=objectives[0] if objectives else "val_nll",
         charts=[
-            _parallel(searched, objectives),
+            _parallel(_axes(searched, runs), objectives),
             *([_scatter("val_accuracy", "val_ece")] if {"val_accuracy", "val_ece"} <= set(seen) else []),
             *(_bar(name) for name in objectives),
         ],
@@ -187,14 +187,20 @@ def _parallel(params: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
         "type": "PARALLEL",
         "uuid": "parallel",
         "runsCountToCompare": 100,
-        "selectedParams": list(params[:AXES]),
+        "selectedParams": list(params),
         "selectedMetrics": list(metrics),
         "showAllRuns": True,
     }
 
 
+def _axes(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """Those of ``names`` for parallel coordinates: of a run that lacks one the page draws no line, so those that all have if there are any."""
+    whole = [name for name in names if all(name in run.data.params for run in runs)]
+    return (whole or list(names))[:AXES]
+
+
 def _varying(runs: Sequence[Run]) -> list[str]:
-    """Parameters that not all ``runs`` have alike, those in most of them first: the page draws no run that lacks one."""
+    """Parameters that not all ``runs`` have alike, those in most of them first."""
     names = dict.fromkeys(name for run in runs for name in run.data.params if name != "description")
     values = {name: [run.data.params.get(name) for run in runs] for name in names}
     varying = [name for name in names if len(set(values[name])) > 1]
