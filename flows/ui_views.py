@@ -194,7 +194,7 @@ def _parallel(params: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def _axes(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
-    """Those of ``names`` for parallel coordinates: of a run that lacks one the page draws no line, so those that all have if there are any."""
+    """Those of ``names`` for parallel coordinates: what all runs have, if anything, as the page draws no line of a run that lacks one."""
     whole = [name for name in names if all(name in run.data.params for run in runs)]
     return (whole or list(names))[:AXES]
 
