@@ -17,7 +17,7 @@ import yaml
 from csm import storage
 from tests.conftest import CSM
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 SPACE = {
     "train.optimizer.learning_rate": {"low": 0.01, "high": 0.1, "log": True},
@@ -33,12 +33,12 @@ class Sweep(NamedTuple):
     config: Path
     csm: Any
 
-    def run(self, *settings: str, workspace: Path | None = None) -> subprocess.CompletedProcess[str]:
-        return self.csm(*self.command(*settings, workspace=workspace))
+    def run(self, *settings: str) -> subprocess.CompletedProcess[str]:
+        return self.csm(*self.command(*settings), timeout=800)
 
-    def command(self, *settings: str, workspace: Path | None = None) -> list[str]:
+    def command(self, *settings: str) -> list[str]:
         sets = [item if item.startswith("--") else f"--set={item}" for item in settings]
-        return ["tune", "--config", str(self.config), "--workspace", str(workspace or self.root), "--json", *sets]
+        return ["tune", "--config", str(self.config), "--workspace", str(self.root), "--json", *sets]
 
     def trials(self) -> list[dict[str, Any]]:
         return [storage.read_json(path) for path in sorted(self.root.glob("tune/trials/*/trial.json"))]
@@ -70,10 +70,11 @@ def result(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_a_sweep_its_result_and_its_best_configuration(sweep, csm, tmp_path):
     made = sweep(seeds=2)
     first = result(made.run())
-    assert set(first) == {"trials", "failed", "best", "best_yaml", "sweep", "seconds"}
+    assert set(first) == {"trials", "failed", "best", "best_yaml", "sweep", "model", "seconds"}
     assert (first["trials"], first["failed"]) == (3, 0)
     frame = pl.read_parquet(first["sweep"])
     best = frame.filter(rank=1).row(0, named=True)
@@ -125,6 +126,7 @@ def test_a_killed_sweep_goes_on(sweep):
     assert {path: stamp for path, stamp in made.models().items() if path in before} == before
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_recorded_and_leaves_the_others_alone(sweep):
     made = sweep(
         {"train.optimizer.learning_rate": [1.0e30, 0.02]}, search="grid", train={"optimizer": {"epochs": 2, "clip": 0.0}}
@@ -136,6 +138,7 @@ def test_a_trial_that_fails_is_recorded_and_leaves_the_others_alone(sweep):
     assert frame["error"][1].startswith("FloatingPointError: training: loss is")
 
 
+@pytest.mark.slow
 def test_no_trial_that_comes_to_its_end_is_one_line_and_exit_2(sweep):
     made = sweep({"train.optimizer.learning_rate": [1.0e30]}, search="grid", train={"optimizer": {"epochs": 2, "clip": 0.0}})
     for _ in range(2):  # the second time nothing is trained
@@ -144,6 +147,7 @@ def test_no_trial_that_comes_to_its_end_is_one_line_and_exit_2(sweep):
         assert "none of 1 trials came to its end (trial 0: FloatingPointError" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_halving_two_objectives_and_images_of_their_own(sweep):
     space = {"plan.sets_per_pair": [4, 2], "train.optimizer.learning_rate": [1.0e-7, 0.05]}
     made = sweep(
