@@ -179,7 +179,7 @@ def test_halving_two_objectives_and_images_of_their_own(sweep):
     ("setting", "message"),
     [
         ("tune.space.nope.x=[1]", "tune.space.nope.x: cannot be tried"),
-        ("tune.space.plan.sets_per_pair={low: 1, high: 3}", "tune.space.plan.sets_per_pair: every value needs images"),
+        ("tune.space.generator.steps={low: 3, high: 6}", "tune.space.generator.steps: every value needs images"),
         ("tune.objectives=[f1]", "tune.objectives: unknown 'f1'"),
         ("tune.scheduler.kind=pbt", "tune.space.method.mixed.annotator: pbt changes trainings that run"),
     ],
