@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from csm import storage
@@ -49,12 +51,15 @@ class CalibratedClassifier(nn.Module):
         return apply_posthoc(logits, self.spec.posthoc).exp().float()
 
     @torch.no_grad()
-    def predict(self, images: torch.Tensor, batch_size: int = 512, device: torch.device = CPU) -> torch.Tensor:
+    def predict(
+        self, images: torch.Tensor | NDArray[np.uint8], batch_size: int = 512, device: torch.device = CPU
+    ) -> torch.Tensor:
         """Probabilities float32 (N, K) on the CPU of images uint8 (N, H, W, C), in batches; float64 would keep nothing more.
 
         Raises:
             InputError: the images are not of the model's shape, or not uint8.
         """
+        images = torch.as_tensor(images)
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != self.spec.shape:
             height, width, channels = self.spec.shape
             raise InputError(

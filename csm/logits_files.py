@@ -14,6 +14,7 @@ from torch import Tensor
 
 from csm.errors import InputError
 from csm.metrics.scores import SUM_TOLERANCE
+from csm.pickles import not_plain
 
 LOGITS = ("logits",)
 PROBS = ("probs", "probabilities")
@@ -101,8 +102,7 @@ def _npz(path: Path) -> dict[str, np.ndarray]:
             known = [key for key in arrays if key in (*LOGITS, *PROBS, *LABELS)]
             return {key: arrays[key] for key in known} or dict.fromkeys(arrays, np.empty(0))
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as error:
-        reason = "it holds pickled objects, which are never read" if "allow_pickle" in str(error) else error
-        raise InputError(f"{path}: is no whole file of plain numpy arrays ({reason}): write it again with numpy.savez") from None
+        raise InputError(f"{path}: {not_plain(path, error)}") from None
 
 
 def _parquet(path: Path) -> dict[str, np.ndarray]:

@@ -6,7 +6,9 @@ made at once. What the records mean, and which names there may be, is for those 
 """
 
 import pickle
+import zipfile
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Self
 
 from csm.errors import InputError
@@ -130,3 +132,11 @@ def read_pickle(file: BinaryIO, where: str, known: Callable[[str], bool], conten
         raise
     except Exception as error:  # a damaged file makes any: EOFError, KeyError, TypeError, RecursionError, MemoryError, ...
         raise InputError(f"{where} is not a whole pickle of {content} ({type(error).__name__}): get it again") from None
+
+
+def not_plain(file: Path, error: Exception) -> str:
+    """Why numpy could not read ``file`` as arrays without pickles, for a message that begins with its name."""
+    reason: object = error
+    if "allow_pickle" in str(error):  # what numpy also says of any other file
+        reason = "it holds pickled objects, which are never read" if zipfile.is_zipfile(file) else "it is no zip archive"
+    return f"is no whole file of plain numpy arrays ({reason}): write it again with numpy.savez"

@@ -153,6 +153,11 @@ def _open(logits: Path, test: Path | None) -> tuple[LogitsFile, LogitsFile | Non
         fit, held_out = fit.split(VAL), fit.split(TEST)
     if held_out is not None and held_out.logits.shape[1] != fit.logits.shape[1]:
         raise InputError(f"{held_out.path}: logits of {held_out.logits.shape[1]} classes; {fit.path} has {fit.logits.shape[1]}")
+    if held_out is not None and torch.equal(held_out.logits, fit.logits):
+        raise InputError(
+            f"--test {held_out.path}: holds the rows of {fit.path}, to which is fitted; give others, or leave --test out: "
+            "then they are cross-fitted"
+        )
     found = fit.labels.unique()
     if len(found) < 2:
         raise InputError(

@@ -80,7 +80,7 @@ def finish(context: Context, specs: Sequence[RunSpec], directory: Path, key: str
     if name is not None:
         tags = {"csm.run": spec.run, "csm.method": spec.method, "csm.seed": str(spec.seed), "csm.dataset": info.name}
         context.tracker.register_model(key, directory / "mlflow", name, what, {**tags, "csm.digest": digest})
-    say(f"  {what}" + (f"; in the registry as {name}" if name else ""))
+    say(f"  {what}" + (f"; goes to the registry as {name}" if name else ""))
     return Finished(spec, model, digest)
 
 

@@ -96,6 +96,8 @@ def check_tune(config: "Config") -> None:
             raise InputError(f"tune.objectives: {name!r} is named more than once")
     check_name("tune.posthoc", tune.posthoc, POSTHOC)
     space = tune.search_space
+    if not space.keys:
+        raise InputError("tune.space: empty; say what to try, for example --set 'tune.space.method.mixed.weight=[1, 2, 4]'")
     check_search(space, tune.search)
     for key in space.keys:
         _check_key(key)
@@ -144,6 +146,11 @@ def _with(config: "Config", values: Mapping[str, Any], more: Mapping[str, Any]) 
     """``config`` with ``values``, whose keys ``method.X`` are those of the tried method, and ``more``."""
     check_name("tune.method", _method(config, values), config.train.methods)
     settings = {_key(config, values, name): value for name, value in values.items() if name != "method"}
+    mixed = next((_key(config, values, name) for name in values if name.startswith("method.mixed.")), None)
+    if mixed and config.train.methods[_method(config, values)].mixed is None:
+        raise InputError(
+            f"{mixed}: {_method(config, values)} trains on no mixed images; leave it out, or take a method that does"
+        )
     teacher = teacher_training(config.train, config.annotate)
     pinned = {"network": teacher.network, "parameters": teacher.parameters, "optimizer": asdict(teacher.optimizer)}
     before = {f"annotate.teacher.{name}": value for name, value in pinned.items()}

@@ -345,6 +345,7 @@ def _prepare(address: Address) -> None:
         logging.getLogger(name).setLevel(level)
     for name in ("mlflow.store.db.utils", "sqlalchemy.pool"):  # they log what they raise, with the traceback; Ctrl-C too
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     if address.is_server:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")

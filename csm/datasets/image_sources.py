@@ -27,6 +27,7 @@ from csm.datasets.npz import KEYS
 from csm.datasets.real import RealDataset
 from csm.datasets.source_files import find_files, splits_of
 from csm.errors import InputError
+from csm.pickles import not_plain
 
 ROWS = 256  # of a parquet file, read at once
 
@@ -257,5 +258,4 @@ def _arrays(file: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise InputError(f"{file}: does not exist") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as error:
-        reason = "it holds pickled objects, which are never read" if "allow_pickle" in str(error) else error
-        raise InputError(f"{file}: is no whole file of plain numpy arrays ({reason}): write it again with numpy.savez") from None
+        raise InputError(f"{file}: {not_plain(file, error)}") from None

@@ -11,6 +11,7 @@ from csm.datasets.decoding import check_form, resize
 from csm.datasets.real import RealDataset, build, complete_splits
 from csm.datasets.source_files import number_classes, read_class_names
 from csm.errors import InputError
+from csm.pickles import not_plain
 
 # Split -> names of its images and labels; MedMNIST's come last.
 KEYS = {
@@ -51,10 +52,7 @@ def npz(path: str, class_names: str = "", size: int = 0, val: float = 0.1, test:
     except FileNotFoundError:
         raise InputError(f"data.path: {file} does not exist; expected a file *.npz with {_EXPECTED}") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as error:
-        reason = "it holds pickled objects, which are never read" if "allow_pickle" in str(error) else error
-        raise InputError(
-            f"data.path: {file} is no whole file of plain numpy arrays ({reason}): write it again with numpy.savez"
-        ) from None
+        raise InputError(f"data.path: {file} {not_plain(file, error)}") from None
     if "train" not in parts:
         raise InputError(f"data.path: {file} has the arrays {found or 'none'}; expected {_EXPECTED}")
     shapes = {split: images.shape[1:] for split, (images, _) in parts.items()}

@@ -221,8 +221,10 @@ def _parse_range(entry: Mapping[str, Any], where: str) -> Range:
         raise InputError(f"{where}: empty range; expected low below high, got {low!r} and {high!r}")
     if log and low <= 0:
         raise InputError(f"{where}.low: expected more than 0 with log: true, got {low!r}")
-    if step is not None and (step <= 0 or log):
-        wrong = f"expected more than 0, got {step!r}" if step <= 0 else "goes not with log: true; leave one of them out"
+    if step is not None and (step <= 0 or step > high - low or log):
+        wrong = "goes not with log: true; leave one of them out"
+        if step <= 0 or step > high - low:
+            wrong = f"expected more than 0 and at most the {high - low:g} between low and high, got {step!r}"
         raise InputError(f"{where}.step: {wrong}")
     if not isinstance(low, int) or not isinstance(high, int):
         low, high = float(low), float(high)
