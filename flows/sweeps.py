@@ -96,8 +96,6 @@ def check_tune(config: "Config") -> None:
             raise InputError(f"tune.objectives: {name!r} is named more than once")
     check_name("tune.posthoc", tune.posthoc, POSTHOC)
     space = tune.search_space
-    if not space.keys:
-        raise InputError("tune.space: empty; say what to try, for example --set 'tune.space.method.mixed.weight=[1, 2, 4]'")
     check_search(space, tune.search)
     for key in space.keys:
         _check_key(key)

@@ -51,6 +51,8 @@ def tune(
     """
     require_answer(address)
     check_tune(config)
+    if not config.tune.space:
+        raise InputError("tune.space: empty; say what to try, for example --set 'tune.space.method.mixed.weight=[1, 2, 4]'")
     input_choices(config.tune.search_space)
     if config.tune.scheduler.kind == "pbt":
         check_pbt(config.tune.search_space.keys)

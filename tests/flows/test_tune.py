@@ -180,6 +180,8 @@ def test_halving_two_objectives_and_images_of_their_own(sweep):
     [
         ("tune.space.nope.x=[1]", "tune.space.nope.x: cannot be tried"),
         ("tune.space.generator.steps={low: 3, high: 6}", "tune.space.generator.steps: every value needs images"),
+        ("tune.space=null", "tune.space: empty"),
+        ("tune.method=cross-entropy", "tune.space.method.mixed.sets: cross-entropy trains on no mixed images"),
         ("tune.objectives=[f1]", "tune.objectives: unknown 'f1'"),
         ("tune.scheduler.kind=pbt", "tune.space.method.mixed.annotator: pbt changes trainings that run"),
     ],

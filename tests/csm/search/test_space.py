@@ -189,7 +189,11 @@ def test_the_digest_tells_spaces_apart_but_not_ways_of_writing_them() -> None:
         ({"a": {"low": 3.0, "high": 2}}, "tune.space.a: empty range"),
         ({"a": {"low": 0, "high": 2, "log": True}}, "tune.space.a.low: expected more than 0 with log: true, got 0"),
         ({"a": {"low": 1, "high": 2, "log": "yes"}}, "tune.space.a.log: expected true or false, got 'yes'"),
-        ({"a": {"low": 1, "high": 2, "step": 0}}, "tune.space.a.step: expected more than 0, got 0"),
+        (
+            {"a": {"low": 1, "high": 2, "step": 0}},
+            "tune.space.a.step: expected more than 0 and at most the 1 between low and high, got 0",
+        ),
+        ({"a": {"low": 1, "high": 2, "step": 3}}, "tune.space.a.step: expected more than 0 and at most the 1 between"),
         ({"a": {"low": 1, "high": 2, "step": 1, "log": True}}, "tune.space.a.step: goes not with log: true"),
         ({"a": {"values": {"x": {"b": {"low": 2, "high": 1}}}}}, "tune.space.a.values.x.b: empty range"),
         ({"a": {"b": [1]}, "a.b": [2]}, "tune.space.a.b: stands there twice"),
