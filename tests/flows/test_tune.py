@@ -193,3 +193,17 @@ def test_what_cannot_be_tried_is_one_line_and_leaves_nothing(csm, write_config, 
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.slow
+def test_a_population_goes_on_from_its_best_and_only_once(sweep):
+    space = {"train.optimizer.learning_rate": [1.0e-6, 0.02, 0.05], "method.mixed.weight": [0.5]}
+    made = sweep(space, search="grid", concurrent=1, train={"optimizer": {"epochs": 4}}, scheduler={"kind": "pbt", "interval": 1})
+    first = result(made.run())
+    assert (first["trials"], first["failed"]) == (3, 0)
+    taken = [trial for trial in made.trials() if trial["last"]]
+    assert taken
+    assert all(trial["last"] != trial["values"] for trial in taken)
+    before = made.models()
+    assert result(made.run("tune.trials=9"))["best"] == first["best"]  # the grid has no more
+    assert made.models() == before
