@@ -190,17 +190,28 @@ def read(path: Path, schema: Schema, columns: Sequence[str] | None = None, rows:
 
     Of the file no more is read than ``columns`` (in the order of ``schema``) and the row groups of ``rows`` (first, number), if given.
     """
+    return check(_collect(path, columns, rows), {name: schema[name] for name in columns or schema}, str(path))
+
+
+def read_sweep(path: Path) -> tuple[pl.DataFrame, list[str], list[str]]:
+    """The `sweep` table at ``path``, its parameters and its metrics, the first objective first; errors as of ``read``."""
+    frame = _collect(path)
+    parameters = {name.removeprefix("param."): dtype for name, dtype in frame.schema.items() if name.startswith("param.")}
+    metrics = [name.removeprefix("val.") for name in frame.columns if name.startswith("val.") and name.count(".") == 1]
+    return check(frame, sweep(parameters, metrics), str(path)), list(parameters), metrics
+
+
+def _collect(path: Path, columns: Sequence[str] | None = None, rows: tuple[int, int] | None = None) -> pl.DataFrame:
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     try:
         scan = pl.scan_parquet(path)
         if columns is not None:
             scan = scan.select(columns)
-        frame = (scan if rows is None else scan.slice(*rows)).collect()
+        return (scan if rows is None else scan.slice(*rows)).collect()
     except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path} is not a whole parquet file ({reason}): remove it and run again") from None
-    return check(frame, {name: schema[name] for name in columns or schema}, str(path))
 
 
 def metadata(path: Path) -> dict[str, str] | None:

@@ -13,7 +13,7 @@ import click
 
 from flows.bench import bench
 from flows.model_commands import calibrate, check, predict
-from flows.options import CONFIG_OPTIONS, OUTPUT_OPTIONS, SHARED_OPTIONS, print_table, with_options
+from flows.options import CONFIG_OPTIONS, OUTPUT_OPTIONS, SHARED_OPTIONS, TRACKING_OPTIONS, print_table, with_options
 
 # Two processes that share cores wait asleep, not spinning: a spinning thread holds the core that the others need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -75,32 +75,12 @@ def _add_verb(verb: str, text: str) -> None:
         _run_verb(verb, **options)
 
 
-def _run_verb(
-    verb: str,
-    config: str,
-    overrides: tuple[str, ...],
-    workspace: Path,
-    address: str,
-    forced: tuple[str, ...],
-    tracking_uri: str,
-    experiment: str,
-    as_json: bool,
-    debug: bool,
-) -> None:
-    from csm.errors import InputError
-    from flows.config import load_config
-    from flows.tracking_address import Address, masked
-
+def _run_verb(verb: str, workspace: Path, as_json: bool, debug: bool, **options: Any) -> None:
     started = time.monotonic()
-    resolved = load_config(config, overrides)  # before the rest is imported: a wrong name is told sooner
-    tracking = Address(tracking_uri, experiment)
-    from flows.run import STAGES, results_tables, run_verb
+    resolved, arguments = _resolve(**options)
+    from flows.run import results_tables, run_verb
 
-    for stage in forced:
-        if stage not in STAGES:
-            raise InputError(f"--force {stage}: unknown stage; one of {', '.join(STAGES)}")
-    line = masked(" ".join(["csm", *sys.argv[1:]]))
-    result = run_verb(verb, resolved, workspace, address, line, forced, tracking)
+    result = run_verb(verb, resolved, workspace, **arguments)
     result["seconds"] = round(time.monotonic() - started, 3)
     if verb in ("run", "evaluate", "report") and result["metrics"]:
         for table in results_tables(resolved, workspace):
@@ -109,6 +89,31 @@ def _run_verb(
         click.echo(f"report: {result['report']}")
     if as_json:
         click.echo(json.dumps(result))
+
+
+def _resolve(
+    config: str,
+    overrides: tuple[str, ...],
+    address: str,
+    forced: tuple[str, ...],
+    tracking_uri: str,
+    experiment: str,
+    more: tuple[str, ...] = (),
+) -> tuple[Any, dict[str, Any]]:
+    """The checked configuration, and what a verb is called with beside it; ``more``: what --force takes beside stages."""
+    from csm.errors import InputError
+    from flows.config import load_config
+    from flows.tracking_address import Address, masked
+
+    resolved = load_config(config, overrides)  # before the rest is imported: a wrong name is told sooner
+    tracking = Address(tracking_uri, experiment)
+    from flows.run import STAGES
+
+    for stage in forced:
+        if stage not in (*more, *STAGES):
+            raise InputError(f"--force {stage}: unknown stage; one of {', '.join((*more, *STAGES))}")
+    line = masked(" ".join(["csm", *sys.argv[1:]]))
+    return resolved, {"address": address, "command": line, "forced": forced, "tracking": tracking}
 
 
 _add_verb("prepare", "Read the data set into the workspace: splits, statistics, one table.")
@@ -137,32 +142,12 @@ _add_verb("run", "All of it: from the data to the report. What is already done i
 
 @cli.command(help="Try configurations of tune.space, several at a time, and write the best one as best.yaml.")
 @with_options(SHARED_OPTIONS)
-def tune(
-    config: str,
-    overrides: tuple[str, ...],
-    workspace: Path,
-    address: str,
-    forced: tuple[str, ...],
-    tracking_uri: str,
-    experiment: str,
-    as_json: bool,
-    debug: bool,
-) -> None:
+def tune(workspace: Path, as_json: bool, debug: bool, **options: Any) -> None:
     started = time.monotonic()
-    from csm.errors import InputError
-    from flows.config import load_config
-    from flows.tracking_address import Address, masked
-
-    resolved = load_config(config, overrides)
-    tracking = Address(tracking_uri, experiment)
-    from flows.run import STAGES
+    resolved, arguments = _resolve(more=("tune",), **options)
     from flows.tune import tune as sweep
 
-    for stage in forced:
-        if stage not in (*STAGES, "tune"):
-            raise InputError(f"--force {stage}: unknown stage; one of tune, {', '.join(STAGES)}")
-    line = masked(" ".join(["csm", *sys.argv[1:]]))
-    result, shown = sweep(resolved, workspace, address, line, forced, tracking)
+    result, shown = sweep(resolved, workspace, **arguments)
     result["seconds"] = round(time.monotonic() - started, 3)
     for table in shown:
         print_table(table)
@@ -234,13 +219,7 @@ def serve(model: str, tracking_uri: str | None, host: str, port: int, max_batch:
 
 @cli.command(help="Open the MLflow UI on the workspace's runs.")
 @click.option("--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True)
-@click.option(
-    "--tracking-uri",
-    envvar="MLFLOW_TRACKING_URI",
-    default="",
-    help="MLflow server or store.  [default: the workspace's mlflow.db]",
-)
-@click.option("--experiment", default="csm", show_default=True, help="MLflow experiment.")
+@with_options(TRACKING_OPTIONS)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

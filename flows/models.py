@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from csm.calibrated import CalibratedClassifier, load_calibrated
 from csm.errors import InputError
+from flows.tracking_address import masked
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -61,8 +62,8 @@ def _fetch(uri: str, tracking_uri: str | None) -> CalibratedClassifier:
             for name in FILES:
                 download_artifacts(f"{source}/artifacts/{name}", dst_path=folder, tracking_uri=store)
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"--model {uri}: {store} does not give it ({reason})") from None
+            reason = masked(" ".join(str(error).split()))[:200]
+            raise InputError(f"--model {uri}: {masked(store)} does not give it ({reason})") from None
         found = next(path.parent for path in Path(folder).rglob(FILES[0]))
         return load_calibrated(found)
 

@@ -24,7 +24,7 @@ TRACKING_OPTIONS = (
         envvar="MLFLOW_TRACKING_URI",
         default="",
         metavar="URI",
-        help="MLflow store of the runs: http://HOST:PORT, postgresql://..., sqlite:///FILE.  "
+        help="MLflow store of the runs: http://HOST:PORT, postgresql+psycopg2://..., sqlite:///FILE.  "
         "[default: $MLFLOW_TRACKING_URI, else the workspace's]",
     ),
     click.option("--experiment", default=EXPERIMENT, show_default=True, help="Experiment of the runs in MLflow."),

@@ -9,8 +9,11 @@ from typing import Any
 import polars as pl
 
 from csm import storage, tables
-from csm.errors import InputError
+from csm.metrics import METRICS
+from csm.search.importance import Importance
 from flows.scatter import Scatter, scatter
+from flows.sweep_records import SweepFolder
+from flows.sweep_results import short_names
 
 TOP, MOST_FAILED, MOST_PARAMETERS = 10, 20, 12  # of trials in a table, and of plots
 TIMES_100 = ("accuracy", "ece", "aece", "nll", "brier")
@@ -53,23 +56,17 @@ def read_sweep(root: Path) -> Sweep | None:
     Raises:
         InputError: ``sweep.parquet`` is damaged or another table.
     """
-    path = root / "sweep.parquet"
-    if not path.is_file():
+    folder = SweepFolder(root)
+    if not folder.table.is_file():
         return None
-    if tables.metadata(path) is None:
-        raise InputError(f"{path} is not a whole parquet file: run `csm tune` again")
-    frame = pl.read_parquet(path)
-    parameters = {name.removeprefix("param."): dtype for name, dtype in frame.schema.items() if name.startswith("param.")}
-    metrics = [name.removeprefix("val.") for name in frame.columns if name.startswith("val.") and name.count(".") == 1]
-    tables.check(frame, tables.sweep(parameters, metrics), str(path))
-    file = root / "tune" / "importance.json"
-    return lay_out(frame, list(parameters), metrics, storage.read_json(file) if file.is_file() else {})
+    found = storage.read_json(folder.importance) if folder.importance.is_file() else []
+    return lay_out(*tables.read_sweep(folder.table), [Importance(**item) for item in found])
 
 
-def lay_out(frame: pl.DataFrame, parameters: Sequence[str], metrics: Sequence[str], importance: Any) -> Sweep:
+def lay_out(frame: pl.DataFrame, parameters: Sequence[str], metrics: Sequence[str], importance: Sequence[Importance]) -> Sweep:
     """What the page shows of ``frame``, a table of ``csm.tables.sweep``."""
     rows = frame.sort("trial").to_dicts()
-    objective, higher = ranked_by(rows, metrics)
+    objective = metrics[0]
     splits = [
         split
         for split in ("val", "test")
@@ -98,48 +95,11 @@ def lay_out(frame: pl.DataFrame, parameters: Sequence[str], metrics: Sequence[st
         trial(ranked[0]) if ranked else None,
         [trial(row) for row in ranked[:TOP]],
         [trial(row) for row in failed[:MOST_FAILED]],
-        _progress(rows, objective, max if higher else min),
+        _progress(rows, objective, max if METRICS[objective].higher_is_better else min),
         _front(rows, metrics),
         _parameters(rows, parameters, objective),
-        importances(importance, objective),
+        [(item.key, item.beside, item.share) for item in importance],
     )
-
-
-def ranked_by(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> tuple[str, bool]:
-    """The metric that the ranks follow, and whether higher is better: the table does not say which was the first objective."""
-    ranked = sorted((row for row in rows if row["rank"] is not None), key=lambda row: row["rank"])
-    for metric in metrics:
-        values = [row[f"val.{metric}"] for row in ranked]
-        if None not in values:
-            for higher in (False, True):
-                if values == sorted(values, reverse=higher):
-                    return metric, higher
-    return (metrics[0] if metrics else ""), False
-
-
-def importances(value: Any, objective: str) -> list[tuple[str, str, float]]:
-    """Shares from ``tune/importance.json``, largest first: a list of records or key -> share, of each objective or of one alone."""
-    found = value.get(objective, value) if isinstance(value, Mapping) else value
-    if isinstance(found, Mapping):
-        records = [{"key": key, "share": share} for key, share in found.items()]
-    else:
-        records = [record for record in found if isinstance(record, Mapping)] if isinstance(found, Sequence) else []
-    shares = [
-        (str(record.get("key", "")), str(record.get("beside", "")), float(record["share"]))
-        for record in records
-        if isinstance(record.get("share"), int | float) and math.isfinite(record["share"])
-    ]
-    return sorted(shares, key=lambda item: -item[2])
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Each dotted key by its last parts, as few as tell it from the others."""
-    found = {}
-    for key in keys:
-        parts = key.split(".")
-        ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-        found[key] = next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
-    return found
 
 
 def label(metric: str) -> str:
@@ -176,7 +136,7 @@ def _kind(row: Mapping[str, Any]) -> str:
 
 def _progress(rows: Sequence[Mapping[str, Any]], objective: str, better: Callable[[float, float], float]) -> Scatter | None:
     """The objective trial by trial, with the best of those that finished so far."""
-    measured = _measured(rows, f"val.{objective}") if objective else []
+    measured = _measured(rows, f"val.{objective}")
     line: list[tuple[float, float]] = []
     for row, value in measured:
         if row["status"] == "done":
@@ -208,11 +168,7 @@ def _parameters(rows: Sequence[Mapping[str, Any]], parameters: Sequence[str], ob
     """The objective against each setting that was varied."""
     found = []
     for key in parameters:
-        tried = (
-            [(row, value) for row, value in _measured(rows, f"val.{objective}") if row[f"param.{key}"] is not None]
-            if objective
-            else []
-        )
+        tried = [(row, value) for row, value in _measured(rows, f"val.{objective}") if row[f"param.{key}"] is not None]
         values = [row[f"param.{key}"] for row, _ in tried]
         if len(set(values)) < 2:
             continue

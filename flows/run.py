@@ -14,7 +14,7 @@ from typing import Any
 import polars as pl
 
 from cluster.session import require_answer
-from csm import storage, tables
+from csm import tables
 from csm.errors import InputError
 from flows import (
     annotate,
@@ -35,7 +35,7 @@ from flows.artifacts import Workspace, open_workspace
 from flows.config import Config
 from flows.result_tables import posthoc_table, shift_table, terminal_table
 from flows.shift_summary import shift_tables
-from flows.stages import Context, refuse_replacing, require, run_stage
+from flows.stages import Context, refuse_replacing, require, run_stages
 from flows.summary import summary_table
 from flows.tracking_address import OWN, Address
 
@@ -87,10 +87,8 @@ def run_verb(
     if "generator" in VERBS[verb]:
         generator.check_generator(verb, config.generator)
     with open_workspace(workspace) as opened, terminable():
-        context = Context(config, opened, STAGES, address, command, frozenset(forced), tracking)
-        status = "FAILED"
         names = verb_stages(verb, config)
-        try:
+        with Context(config, opened, STAGES, address, command, frozenset(forced), tracking) as context:
             refuse_replacing(context, names)
             context.send_waiting()
             # What it lacks is said before the teacher is trained, or shift sets are made.
@@ -100,19 +98,7 @@ def run_verb(
                 model.check_registry(context)
             if address != "local" and not RAY_STAGES.isdisjoint(names):
                 context.connect()  # now, rather than after an hour of other work
-            for name in names:
-                run_stage(context, name)
-                if not context.outcomes[name]["reused"]:  # now something in the workspace is of this configuration
-                    storage.write_text(opened.config, config.to_yaml())
-                if name == "prepare":  # what the others need of the user can be checked against the data, before hours of work
-                    for later in names:
-                        STAGES[later].check(context)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            context.close(status)
+            run_stages(context, names)
         return {
             "workspace": str(workspace),
             "report": str(opened.report) if opened.report.is_file() else None,

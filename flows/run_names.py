@@ -12,6 +12,7 @@ import yaml
 from csm import storage, tables
 from csm.errors import InputError
 from flows.artifacts import differences
+from flows.sweep_records import SweepFolder
 from flows.tracking import flatten
 
 SHOWN = 12  # names that a refusal lists
@@ -88,10 +89,10 @@ def _trained(name: str, folder: Path) -> Trained:
 
 def _is_chosen(workspace: Path, trial: int) -> bool:
     """Whether the sweep measured that trial on the test split: those of the others are never looked at, or they would be chosen by it."""
-    sweep = workspace / "tune" / "sweep.parquet"
+    sweep = SweepFolder(workspace).table
     if not sweep.is_file():
         return False
-    rows = pl.read_parquet(sweep).filter(pl.col("trial") == trial)
+    rows = tables.read_sweep(sweep)[0].filter(pl.col("trial") == trial)
     tested = [name for name in rows.columns if name.startswith("test.")]
     return any(rows[name].count() > 0 for name in tested)
 

@@ -1,12 +1,13 @@
 """Stages: what a verb does, when its result is reused, and what is refused so that nothing is lost."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from cluster.session import session
 from csm import storage, tables
@@ -90,7 +91,11 @@ class Context:
         if self._tracker is None:
             tracker = self._open_tracker()
             tags = {"csm.config": self.config.name, "csm.kind": self.kind, "mlflow.note.content": self.config.description}
-            tracker.open_run(self.parent_key, self.config.name, tags, plain_settings(self.config))
+            settings = plain_settings(self.config)
+            if self.kind == "sweep":  # the space as text: its keys may be any value
+                tune = plain(asdict(self.config.tune))
+                settings["tune"] = {**tune, "space": json.dumps(tune["space"])}
+            tracker.open_run(self.parent_key, self.config.name, tags, settings)
             tracker.watch(self.parent_key)
             self._tracker = tracker
             self.name_data()
@@ -146,6 +151,24 @@ class Context:
                     self._sender.close()
             finally:
                 self._resources.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close, with the status that the block's end says."""
+        self.close("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+
+
+def run_stages(context: Context, names: Sequence[str]) -> None:
+    """Bring the stages ``names`` up to date, one after the other: see ``run_stage``."""
+    for name in names:
+        run_stage(context, name)
+        if not context.outcomes[name]["reused"]:  # now something in the workspace is of this configuration
+            storage.write_text(context.workspace.config, context.config.to_yaml())
+        if name == "prepare":  # what the others need of the user can be checked against the data, before hours of work
+            for later in names:
+                context.stages[later].check(context)
 
 
 def run_stage(context: Context, name: str) -> None:

@@ -16,7 +16,7 @@ from flows.artifacts import Workspace
 from flows.config import Config, plain
 from flows.progress import say
 from flows.run import STAGES, verb_stages
-from flows.stages import Context, refuse_replacing, run_stage, stale
+from flows.stages import Context, refuse_replacing, run_stages, stale
 from flows.sweep_records import SweepFolder
 from flows.sweeps import trial_config
 
@@ -106,13 +106,7 @@ def _run(context: Context, config: Config, stages: Collection[str] = FOLDERS) ->
     inner = replace(context, config=config)
     names = [name for name in verb_stages("run", config) if name in stages]
     refuse_replacing(inner, names)
-    for name in names:
-        run_stage(inner, name)
-        if not inner.outcomes[name]["reused"]:
-            storage.write_text(inner.workspace.config, config.to_yaml())
-        if name == "prepare":
-            for later in names:
-                STAGES[later].check(inner)
+    run_stages(inner, names)
     context._connected = inner._connected
 
 

@@ -1,5 +1,6 @@
 """What a sweep keeps on disk: which sweep it is, and how each trial ended."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -156,4 +157,5 @@ def sweep_settings(config: Config) -> dict[str, Any]:
     sections = {key: values[key] for key in ("data", "generator", "plan", "mix", "annotate")}
     bins = {"bins": values["evaluate"]["bins"]}
     space = dotted(tune["space"])
-    return {"tune": {**tune, "space": space}, **sections, "train": {**train, "methods": chosen}, "evaluate": bins}
+    settings = {"tune": {**tune, "space": space}, **sections, "train": {**train, "methods": chosen}, "evaluate": bins}
+    return dict(json.loads(json.dumps(settings)))  # choices that are numbers or true are keys, which JSON writes as text

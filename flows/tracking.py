@@ -1,9 +1,9 @@
 """Tracking in MLflow: one parent run for each configuration, one child run for each stage and each classifier.
 
-Everything is written to a spool in the workspace (``flows/tracking_spool.py``), from which a thread of the driver sends it to the
-store (``flows/tracking_store.py``): a store that is down or slow neither stops nor delays the work, and what a command could not send,
-the next one sends. Runs are named by a key that is equal when the work is, so work that goes on after an interruption goes on in its run,
-and work that is not done again makes no run.
+Everything is written to a spool in the workspace (``flows/tracking_spool.py``), from which a thread of the driver
+(``flows/tracking_sender.py``) sends it to the store (``flows/tracking_store.py``): a store that is down or slow neither stops nor delays
+the work, and what a command could not send, the next one sends. Runs are named by a key that is equal when the work is, so work that
+goes on after an interruption goes on in its run, and work that is not done again makes no run.
 """
 
 import logging
@@ -18,19 +18,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_metric_name, _validate_model_name, _validate_param_name, _validate_tag_name
 
 from csm.errors import InputError
-from flows.progress import say
 from flows.tracking_address import OWN, Address
 from flows.tracking_inputs import origin_tags
-from flows.tracking_spool import Record, Spool
-from flows.tracking_store import AwayError, RefusedError, Store, short, store_uri
+from flows.tracking_sender import PATIENCE, Sender
+from flows.tracking_spool import Spool
+from flows.tracking_store import Store, short, store_uri
 from flows.tracking_system import SystemMetrics, wanted
 
 PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 5000
-PATIENCE = 5.0  # seconds without a record sent that the end of a command waits for a server
-LONGEST = 15.0  # seconds that it waits in all
-RETRY = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between tries of a store that does not answer
-SAVE_SECONDS = 5.0  # between two writes of the index while records wait
 __all__ = ["PARAM_CHARACTERS", "Tracker", "flatten", "store_uri"]
 
 
@@ -44,28 +40,21 @@ class Tracker:
 
     def __init__(self, workspace: Path, address: Address = OWN, command: str = "") -> None:
         _prepare(address)
-        self._address = address
         self._origin = origin_tags(command)
         self._store = Store(workspace, address)
         if address.is_local:
             self._store.connect()
-        self._spool = Spool(workspace, address.name)
+        spool = Spool(workspace, address.name)
         self._status: dict[str, str] = {}  # status of runs by key, which the store may not know yet
         self._opened: dict[str, int] = {}  # when runs were opened, in ms
-        for record in self._spool.records():
+        for record in spool.records():
             if record.get("do") == "open":
                 self._opened.setdefault(record["key"], record["time"])
             if record.get("do") == "close":
                 self._status[record["key"]] = record["status"]
-        self._change = threading.Condition(threading.RLock())  # held by whoever touches the spool
-        self._ending = self._gone = False
         self._time = 0
-        self._tries = 0  # that failed since the store last answered
-        self._error: BaseException | None = None
-        self._said: set[str] = set()
         self._system: tuple[str, SystemMetrics] | None = None  # of the run under that key
-        self._sender = threading.Thread(target=self._send_all, name="tracking", daemon=True)
-        self._sender.start()
+        self._sender = Sender(spool, self._store, address)
 
     def open_run(self, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any], parent: str | None = None) -> str:
         """Open the run under ``key``, made if there is none, as a child of the run under key ``parent``; its status becomes running.
@@ -79,14 +68,14 @@ class Tracker:
             _validate_param_name(param)
         record = {"do": "open", "key": key, "name": name, "tags": {**self._origin, **_tags(tags)}, "params": flat}
         now = self._now()
-        self._append({**record, "parent": parent, "time": now})
+        self._sender.append({**record, "parent": parent, "time": now})
         self._opened.setdefault(key, now)
         return key
 
     def set_tags(self, key: str, tags: Mapping[str, str]) -> None:
         """Set tags of the run under ``key``."""
         self._require(key)
-        self._append({"do": "tags", "key": key, "tags": _tags(tags)})
+        self._sender.append({"do": "tags", "key": key, "tags": _tags(tags)})
 
     def log_steps(self, key: str, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Log metrics by step to the run under ``key``; steps that it has already are left out, so none stands there twice."""
@@ -95,7 +84,7 @@ class Tracker:
             _validate_metric_name(name)
         if rows:
             plain = [[int(step), {name: float(value) for name, value in values.items()}] for step, values in rows]
-            self._append({"do": "steps", "key": key, "rows": plain, "time": self._now()})
+            self._sender.append({"do": "steps", "key": key, "rows": plain, "time": self._now()})
 
     def log_metrics(self, key: str, values: Mapping[str, float], step: int = 0) -> None:
         """Set final metrics of the run under ``key``; logging them again leaves the last value."""
@@ -104,25 +93,25 @@ class Tracker:
         for name in values:
             _validate_metric_name(name)
         metrics = [[name, float(value), now, step] for name, value in values.items()]
-        self._append({"do": "metrics", "key": key, "metrics": metrics})
+        self._sender.append({"do": "metrics", "key": key, "metrics": metrics})
 
     def log_file(self, key: str, path: Path, folder: str | None = None) -> None:
         """Copy a file, as it is now, to the artifacts of the run under ``key``."""
         self._require(key)
-        self._append({"do": "file", "key": key, "folder": folder}, path)
+        self._sender.append({"do": "file", "key": key, "folder": folder}, path)
 
     def log_figure(self, key: str, figure: Any, name: str) -> None:
         """Keep a matplotlib figure with the run under ``key`` as ``name`` (a .png)."""
         self._require(key)
-        with self._change:
-            path = self._spool.room(name)
+        with self._sender.change:
+            path = self._sender.spool.room(name)
             figure.savefig(path)
-            self._append({"do": "file", "key": key, "folder": None, "file": f"{path.parent.name}/{name}"})
+            self._sender.append({"do": "file", "key": key, "folder": None, "file": f"{path.parent.name}/{name}"})
 
     def log_inputs(self, key: str, inputs: Sequence[Mapping[str, Any]]) -> None:
         """Name the data sets that the run under ``key`` was made from: see ``flows/tracking_inputs.py``."""
         self._require(key)
-        self._append({"do": "inputs", "key": key, "inputs": list(inputs)})
+        self._sender.append({"do": "inputs", "key": key, "inputs": list(inputs)})
 
     def check_model_name(self, name: str) -> None:
         """``InputError`` if a model cannot be registered as ``name``; a store that does not answer now is asked when it is sent."""
@@ -155,7 +144,7 @@ class Tracker:
         """
         self._require(key)
         self.check_model_name(name)
-        self._append({"do": "model", "key": key, "name": name, "description": description, "tags": _tags(tags)}, folder)
+        self._sender.append({"do": "model", "key": key, "name": name, "description": description, "tags": _tags(tags)}, folder)
 
     def watch(self, key: str) -> None:
         """Log how busy this machine is to the run under ``key``, until it is closed; steps are seconds since it was first opened."""
@@ -164,7 +153,7 @@ class Tracker:
         began = self._store.index.get(key, {}).get("opened", self._opened[key])
 
         def log(values: Mapping[str, float]) -> None:
-            if self._error is None:
+            if self._sender.error is None:
                 self.log_metrics(key, values, round((self._now() - began) / 1000))
 
         self._system = (key, SystemMetrics(log))
@@ -175,7 +164,7 @@ class Tracker:
         if self._system is not None and self._system[0] == key:
             self._system[1].stop()
             self._system = None
-        self._append({"do": "close", "key": key, "status": status, "time": self._now()})
+        self._sender.append({"do": "close", "key": key, "status": status, "time": self._now()})
         self._status[key] = status
 
     def is_finished(self, key: str) -> bool:
@@ -195,131 +184,23 @@ class Tracker:
         Raises:
             InputError, OSError: the store is damaged, or the disk takes no more.
         """
-        began = moved = time.monotonic()
-        with self._change:
-            left = self._spool.waiting
-            self._change.notify_all()
-            while self._spool.waiting and self._error is None:
-                self._change.wait(0.1)
-                now = time.monotonic()
-                if self._spool.waiting < left:
-                    left, moved = self._spool.waiting, now
-                is_away = self._tries > 1 and now - began > 1.0
-                if not self._address.is_local and (is_away or now - moved > PATIENCE or now - began > LONGEST):
-                    return False
-            self._raise()
-            return True
+        return self._sender.flush()
 
     def close(self) -> None:
         """Stop watching, send what can be sent, and say what waits."""
         if self._system is not None:
             self._system[1].stop()
-        with self._change:
-            self._ending = True
-            self._change.notify_all()
-        try:
-            if not self.flush():
-                say(
-                    f"tracking: {self._spool.waiting:,} records for {self._address} wait in {self._spool.path}; "
-                    "the next command with the same options sends them"
-                )
-        finally:
-            with self._change:
-                self._gone = True
-                self._change.notify_all()
-                self._spool.close()
-
-    def _append(self, record: Record, source: Path | None = None) -> None:
-        with self._change:
-            self._raise()
-            self._spool.append({**record, "file": self._spool.keep(source)} if source else record)
-            self._change.notify_all()
+        self._sender.close()
 
     def _now(self) -> int:
         """Milliseconds since 1970, never the same twice: of two values at one time MLflow takes the greater for the last."""
-        with self._change:
+        with self._sender.change:
             self._time = max(int(time.time() * 1000), self._time + 1)
             return self._time
 
     def _require(self, key: str) -> None:
         if key not in self._opened and key not in self._store.index:
             raise KeyError(key)
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _send_all(self) -> None:
-        """The sender's work: the records in their order, each until the store took it or refused it for good."""
-        saved = time.monotonic()
-        while True:
-            with self._change:
-                while not self._gone and (record := self._spool.first()) is None:
-                    if self._ending:
-                        return
-                    self._change.wait()
-                if self._gone:
-                    return
-            try:
-                failure = self._send(record)
-                with self._change:
-                    if self._gone:
-                        return
-                    if isinstance(failure, AwayError):
-                        self._tries += 1
-                        self._say_once(
-                            "away",
-                            f"{self._address} does not answer ({failure}); work goes on, records wait in {self._spool.path}",
-                        )
-                        self._pause(RETRY[min(self._tries, len(RETRY)) - 1])
-                        continue
-                    self._tries = 0
-                    if failure is None:
-                        self._spool.pop()
-                    else:
-                        self._say_once(
-                            str(failure),
-                            f"{self._address} refused a record ({failure}); it is put aside in {self._spool.refused}",
-                        )
-                        self._spool.refuse()
-                    if not self._spool.waiting or time.monotonic() - saved > SAVE_SECONDS:
-                        self._store.save()
-                        saved = time.monotonic()
-                    if not self._spool.waiting:
-                        self._spool.cut()
-                    self._change.notify_all()
-            except Exception as error:  # of this machine: the driver raises it
-                with self._change:
-                    self._error = error
-                    self._change.notify_all()
-                return
-
-    def _send(self, record: Record) -> AwayError | RefusedError | None:
-        """Why ``record`` was not sent; None: it was."""
-        try:
-            self._store.send(record, self._spool)
-        except (AwayError, RefusedError) as error:
-            return error
-        except OSError:
-            raise
-        except Exception as error:  # what a network or a storage service can say is beyond counting
-            if self._address.is_local:
-                raise
-            return AwayError(short(error))
-        return None
-
-    def _pause(self, seconds: float) -> None:
-        """Wait with the lock given back; at the end of the command at most a little."""
-        end = time.monotonic() + seconds
-        while (
-            not self._gone and (left := (min(end, time.monotonic() + RETRY[0]) if self._ending else end) - time.monotonic()) > 0
-        ):
-            self._change.wait(left)
-
-    def _say_once(self, what: str, text: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            say(f"tracking: {text}")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -62,9 +62,7 @@ def tune(
             folder.drop()
         sweep = folder.open(config)
         stages = frozenset(forced) - {"tune"}
-        context = Context(config, opened, STAGES, address, command, stages, tracking, kind="sweep", key=sweep.key)
-        status = "FAILED"
-        try:
+        with Context(config, opened, STAGES, address, command, stages, tracking, kind="sweep", key=sweep.key) as context:
             context.send_waiting()
             if address != "local":
                 context.connect()
@@ -78,12 +76,6 @@ def tune(
             trials.resume()
             trials.run()
             result, shown = _conclude(trials)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            context.close(status)
         return result, shown
 
 

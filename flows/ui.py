@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from csm.errors import InputError
 from flows.progress import say
 from flows.tracking import store_uri
+from flows.tracking_address import Address, masked
 from flows.ui_views import View, write_views
 
 
@@ -31,14 +32,14 @@ def serve(workspace: Path, host: str, port: int, tracking_uri: str, experiment: 
     """
     if not tracking_uri and not (workspace / "mlflow.db").is_file():
         raise InputError(f"--workspace {workspace}: has no mlflow.db yet; run `csm run --workspace {workspace}` first")
-    store = tracking_uri or store_uri(workspace)
-    is_server = store.startswith(("http://", "https://"))
+    asked = Address(tracking_uri, experiment)
+    store = asked.uri or store_uri(workspace)
     number, views = prepare(store, experiment)
-    address = re.sub("//[^/@]*@", "//", store).rstrip("/") if is_server else f"http://{host}:{port}"
-    say(f"MLflow on {address}" + ("" if is_server else "  (Ctrl-C stops it)"))
+    address = re.sub("//[^/@]*@", "//", store).rstrip("/") if asked.is_server else f"http://{host}:{port}"
+    say(f"MLflow on {address}" + ("" if asked.is_server else "  (Ctrl-C stops it)"))
     for view in views:
         say(f"  {view.name}: {view_address(address, number, view)}")
-    if not is_server:
+    if not asked.is_server:
         _replace_by_server(store, workspace, host, port)
 
 
@@ -58,7 +59,7 @@ def prepare(store: str, experiment: str) -> tuple[str, list[View]]:
             )
         return str(found.experiment_id), write_views(client, found)
     except (MlflowException, SQLAlchemyError, ModuleNotFoundError) as error:
-        text = re.sub("//[^/@ ]*@", "//", " ".join(str(error).split()))
+        text = masked(" ".join(str(error).split()))
         reason = "it cannot be reached" if "Max retries" in text or "Connection refused" in text else text[:160]
         raise InputError(
             f"--tracking-uri: no MLflow store answers there ({reason}); start the server or correct the address"

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from csm import storage
 from csm.errors import InputError
 from csm.search.domains import Choice, Domain, Range, identity
 from csm.search.sections import ENTRY, dotted
@@ -48,30 +47,9 @@ class SearchSpace:
         sizes = [domain.size for _, domain in self.entries]
         return None if None in sizes else math.prod(size for size in sizes if size is not None)
 
-    @property
-    def digest(self) -> str:
-        """Identifies the space."""
-        return storage.digest(_plain(self))
-
     def endless(self) -> tuple[str, ...]:
         """Keys of ranges of real numbers, which a grid cannot count."""
         return tuple(dict.fromkeys(key for key, domain in self._domains() if isinstance(domain, Range) and domain.size is None))
-
-    def choices(self, key: str) -> tuple[Any, ...] | None:
-        """All values that ``key`` may take, in any branch; None if it has a range somewhere.
-
-        Raises:
-            KeyError: the space has no such key.
-        """
-        domains = [domain for name, domain in self._domains() if name == key]
-        if not domains:
-            raise KeyError(key)
-        values: dict[str, Any] = {}
-        for domain in domains:
-            if isinstance(domain, Range):
-                return None
-            values |= {identity(value): value for value in domain.values}
-        return tuple(values.values())
 
     def sample(self, trial: "Trial") -> dict[str, Any]:
         """What an optuna trial suggests: dotted key -> value, of the settings that exist beside each other."""
@@ -240,13 +218,3 @@ def _check_once(space: SearchSpace, where: str) -> None:
             twice = sorted(claimed & here or {key})
             raise InputError(f"{where}: {', '.join(twice)} would be set twice at once; leave one of them")
         claimed |= here
-
-
-def _plain(space: SearchSpace) -> list[Any]:
-    """``space`` as JSON."""
-    return [
-        [key, [[value, _plain(branch)] for value, branch in zip(domain.values, domain.branches, strict=True)]]
-        if isinstance(domain, Choice)
-        else [key, domain.low, domain.high, domain.log, domain.step]
-        for key, domain in space.entries
-    ]

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import polars as pl
@@ -15,6 +16,7 @@ from flows.cli import cli
 from flows.compare import BINS, SCHEMA, as_json, compare
 from flows.compare_views import difference_cell, label, page
 from flows.run_names import changed_settings, find
+from flows.sweep_records import SweepFolder
 from tests.flows.chromium import Page
 
 CLASSES, IMAGES, DRAWS = 3, 300, 400
@@ -62,8 +64,10 @@ def workspace(tmp_path_factory):
     for trial in range(3):
         write_run(root / "tune" / "trials" / f"{trial:04d}" / "seed0", "csm", 0, 1.0 + trial, learning_rate=0.1 * (trial + 1))
     (root / "tune" / "trials" / "0003").mkdir()
-    sweep = pl.DataFrame({"trial": [0, 1, 2], "val.nll": [0.9, 0.7, 0.8], "test.nll": [None, 0.7, None]})
-    sweep.write_parquet(root / "tune" / "sweep.parquet")
+    schema = tables.sweep({}, ("nll",))
+    measured = {"trial": [0, 1, 2], "val.nll": [0.9, 0.7, 0.8], "test.nll": [None, 0.7, None]}
+    sweep = pl.DataFrame({name: measured.get(name, [None] * 3) for name in schema}, schema=dict(schema))
+    tables.write(sweep, SweepFolder(root).table, schema)
     return root
 
 
@@ -158,6 +162,13 @@ def test_a_trial_that_was_not_chosen_is_compared_on_validation(workspace):
 def test_a_chosen_trial_is_compared_on_test(workspace):
     assert compare(["ce-seed0", "trial-1"], workspace, DRAWS).split == "test"
     assert find("trial-1", workspace).settings["optimizer.learning_rate"] == 0.2
+
+
+def test_a_table_of_trials_that_was_cut_short_is_one_line(workspace, tmp_path):
+    shutil.copytree(workspace / "tune", tmp_path / "tune")
+    SweepFolder(tmp_path).table.write_bytes(SweepFolder(workspace).table.read_bytes()[:200])
+    with pytest.raises(InputError, match=r"sweep\.parquet is not a whole parquet file"):
+        find("trial-1", tmp_path)
 
 
 def test_another_workspace_and_its_data_settings(workspace, tmp_path):

@@ -3,7 +3,9 @@ import pytest
 
 from csm import storage, tables
 from csm.errors import InputError
-from flows.report_sweep import importances, lay_out, ranked_by, read_sweep, short_names
+from csm.search.importance import Importance
+from flows.report_sweep import lay_out, read_sweep
+from flows.sweep_records import SweepFolder
 
 PARAMETERS = ("method", "train.optimizer.learning_rate", "method.mixed.weight")
 METRICS = ("nll", "accuracy", "ece")
@@ -44,7 +46,7 @@ FRAME = pl.DataFrame(ROWS, schema=dict(SCHEMA))
 
 @pytest.fixture
 def sweep():
-    return lay_out(FRAME, PARAMETERS, METRICS, {})
+    return lay_out(FRAME, PARAMETERS, METRICS, [])
 
 
 def test_counts_best_and_order(sweep):
@@ -87,56 +89,23 @@ def test_plots_show_every_trial_that_was_measured(sweep):
     assert [text for _, text in sweep.parameters[1].x_ticks] == ["0.001", "0.01", "0.1", "1", "10"]  # logarithmic
 
 
-def test_the_objective_is_what_the_ranks_follow():
-    assert ranked_by(ROWS, METRICS) == ("nll", False)
-    by_accuracy = [{**row, "rank": rank} for row, rank in zip(ROWS[:3], (1, 3, 2), strict=True)]
-    values = [(0.9, 0.9, 0.5), (0.2, 0.7, 0.1), (0.3, 0.8, 0.9)]
-    rows = [
-        {**row, **{f"val.{m}": v for m, v in zip(METRICS, value, strict=True)}}
-        for row, value in zip(by_accuracy, values, strict=True)
-    ]
-    rows[0]["val.nll"] = 0.25
-    assert ranked_by(rows, METRICS) == ("accuracy", True)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"nll": {"a": 0.1, "b": 0.7}, "method": "fanova"},
-        {"a": 0.1, "b": 0.7},
-        [{"key": "a", "beside": "", "share": 0.1}, {"key": "b", "beside": "", "share": 0.7}],
-        {"nll": [{"key": "b", "share": 0.7, "trials": 9}, {"key": "a", "share": 0.1, "trials": 9}], "method": "fanova"},
-    ],
-    ids=["by-objective", "plain", "records", "records-by-objective"],
-)
-def test_importance_is_read_in_every_form(value):
-    assert importances(value, "nll") == [("b", "", 0.7), ("a", "", 0.1)]
-
-
-@pytest.mark.parametrize("value", [{}, [], None, "words", {"nll": None}, {"a": float("nan")}])
-def test_importance_that_says_nothing(value):
-    assert importances(value, "nll") == []
-
-
 def test_a_sweep_in_which_nothing_finished():
     failed = pl.DataFrame([trial(0, status="failed", error="out of memory")], schema=dict(SCHEMA))
-    sweep = lay_out(failed, PARAMETERS, METRICS, {})
+    sweep = lay_out(failed, PARAMETERS, METRICS, [])
     assert (sweep.best, sweep.progress, sweep.front, sweep.parameters) == (None, None, None, [])
-
-
-def test_names_are_as_short_as_they_can_be_told_apart():
-    assert short_names(["a.x", "b.x", "c.y"]) == {"a.x": "a.x", "b.x": "b.x", "c.y": "y"}
-    assert short_names(["x", "a.x"]) == {"x": "x", "a.x": "a.x"}
 
 
 def test_the_workspace_is_read(tmp_path):
     assert read_sweep(tmp_path) is None
-    tables.write(FRAME, tmp_path / "sweep.parquet", SCHEMA)
-    storage.write_json(tmp_path / "tune" / "importance.json", {"nll": {"method": 0.4}})
-    assert read_sweep(tmp_path).importance == [("method", "", 0.4)]
-    (tmp_path / "sweep.parquet").write_bytes(b"PAR1 cut")
-    with pytest.raises(InputError, match="run `csm tune` again"):
+    folder = SweepFolder(tmp_path)
+    tables.write(FRAME, folder.table, SCHEMA)
+    assert read_sweep(tmp_path).importance == []  # of a sweep that was too short
+    found = [Importance("method", "", 0.4, 12), Importance("method.loss", 'method="csm"', 0.1, 10)]
+    storage.write_json(folder.importance, [item._asdict() for item in found])
+    assert read_sweep(tmp_path).importance == [("method", "", 0.4), ("method.loss", 'method="csm"', 0.1)]
+    folder.table.write_bytes(b"PAR1 cut")
+    with pytest.raises(InputError, match="is not a whole parquet file"):
         read_sweep(tmp_path)
-    pl.DataFrame({"trial": [1]}).write_parquet(tmp_path / "sweep.parquet")
+    pl.DataFrame({"trial": [1]}).write_parquet(folder.table)
     with pytest.raises(InputError, match="expected columns"):
         read_sweep(tmp_path)

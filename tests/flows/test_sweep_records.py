@@ -86,6 +86,15 @@ def test_a_space_written_in_sections_is_the_same_as_with_dotted_keys():
     assert sweep_settings(first) == sweep_settings(second)
 
 
+def test_choices_that_are_no_text_are_the_same_sweep_again(folder):
+    config = load_config(
+        "demo", ["tune.space.train.optimizer.flip={values: {true: {}, false: {}}}", "tune.space.plan.shard_rows=[300, 360]"]
+    )
+    first = folder.open(config)
+    folder.write_trial(record())
+    assert folder.open(config) == first
+
+
 def test_another_sweep_is_refused_once_there_are_trials(folder):
     first = folder.open(load_config("demo"))
     other = load_config("demo", ["tune.seeds=2"])

@@ -127,3 +127,5 @@ def test_the_table_has_a_row_for_each_trial_and_test_figures_of_the_chosen_alone
 def test_settings_are_named_by_as_few_parts_as_tell_them_apart():
     keys = ["train.optimizer.weight", "method.mixed.weight", "method.loss", "method"]
     assert short_names(keys) == dict(zip(keys, ["optimizer.weight", "mixed.weight", "loss", "method"], strict=True))
+    assert short_names(["a.x", "b.x", "c.y"]) == {"a.x": "a.x", "b.x": "b.x", "c.y": "y"}
+    assert short_names(["x", "a.x"]) == {"x": "x", "a.x": "a.x"}

@@ -37,7 +37,7 @@ def tracker(root):
     """Closed at the end, so that the next one starts as a process of its own would."""
     made = Tracker(root)
     yield made
-    if made._error is None:
+    if made._sender.error is None:
         made.close()
 
 
@@ -434,7 +434,7 @@ def test_a_registered_model_of_somebody_else_is_left_alone(tracker, client, mode
     tracker.check_model_name("free")
     # made by somebody else between the check and the sending, as with a server that was down
     folder = model("x")
-    tracker._append({"do": "model", "key": "refused", "name": "theirs", "description": "", "tags": {}}, folder)
+    tracker._sender.append({"do": "model", "key": "refused", "name": "theirs", "description": "", "tags": {}}, folder)
     assert tracker.flush()
     assert "refused a record (there is a registered model theirs" in capsys.readouterr().err
     assert versions(client, "theirs") == []

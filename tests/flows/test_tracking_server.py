@@ -160,7 +160,7 @@ def test_a_server_that_is_killed_while_it_is_written_to(postgres, tmp_path):
     with mlflow_server(postgres, tmp_path / "artifacts", port) as server:
         work(0)
         end = time.monotonic() + 60
-        while not 10 < tracker._spool.waiting < 70:
+        while not 10 < tracker._sender.spool.waiting < 70:
             assert time.monotonic() < end
             time.sleep(0.01)
         kill_group(server)

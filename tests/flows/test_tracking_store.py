@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from csm import storage
-from flows import tracking
+from flows import tracking_sender
 from flows.artifacts import Workspace
 from flows.config import load_config
 from flows.stages import Context
@@ -125,8 +125,8 @@ def serving(rest, port=0):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Waits as a test can bear them; the names and limits of the environment as MLflow has them."""
-    monkeypatch.setattr(tracking, "RETRY", (0.05, 0.1))
-    monkeypatch.setattr(tracking, "PATIENCE", 1.0)
+    monkeypatch.setattr(tracking_sender, "RETRY", (0.05, 0.1))
+    monkeypatch.setattr(tracking_sender, "PATIENCE", 1.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 
@@ -210,7 +210,7 @@ def test_a_server_that_cannot_now_is_asked_again(rest, tmp_path, status, capsys)
 
 def test_a_slow_server_delays_neither_the_work_nor_its_end(rest, tmp_path, monkeypatch, capsys):
     rest.seconds = 0.6
-    monkeypatch.setattr(tracking, "LONGEST", 1.5)
+    monkeypatch.setattr(tracking_sender, "LONGEST", 1.5)
     with serving(rest) as uri:
         tracker = Tracker(tmp_path, Address(uri))
         started = time.monotonic()
@@ -221,7 +221,7 @@ def test_a_slow_server_delays_neither_the_work_nor_its_end(rest, tmp_path, monke
         assert time.monotonic() - started < 4
         assert re.search(r"tracking: \d\d records for .* wait in ", capsys.readouterr().err)
         rest.seconds = 0.0
-        monkeypatch.setattr(tracking, "LONGEST", 30.0)
+        monkeypatch.setattr(tracking_sender, "LONGEST", 30.0)
         Tracker(tmp_path, Address(uri)).close()
     assert [rest.named(f"run{number}")["status"][-1] for number in range(20)] == ["FINISHED"] * 20
     assert all(losses(run) == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)] for run in rest.runs.values())
@@ -249,8 +249,8 @@ def test_sending_everything_again_changes_nothing(rest, tmp_path):
         address = Address(uri)
         tracker = Tracker(tmp_path, address)
         work(tracker)
-        with tracker._change:
-            lines = tracker._spool.path.read_bytes()
+        with tracker._sender.change:
+            lines = tracker._sender.spool.path.read_bytes()
         tracker.close()
         before = json.dumps(rest.runs["0" * 32]["params"]), dict(rest.named("run")["points"])
         for lost in (False, True):
@@ -271,7 +271,7 @@ from flows.tracking import Tracker
 from flows.tracking_address import Address
 tracker = Tracker(Path(sys.argv[1]), Address(sys.argv[2]))
 for number in range(10_000):
-    while tracker._spool.waiting > 20:
+    while tracker._sender.spool.waiting > 20:
         time.sleep(0.001)
     tracker.open_run(f"run{number}", f"run{number}", {}, {"number": number})
     tracker.log_steps(f"run{number}", [(1, {"loss": 1.0}), (2, {"loss": 2.0})])

@@ -46,6 +46,14 @@ class Sweep(NamedTuple):
     def models(self) -> dict[str, int]:
         return {str(path): path.stat().st_mtime_ns for path in self.root.glob("tune/trials/*/*/model.safetensors")}
 
+    def params(self, kind: str) -> dict[str, str]:
+        """Parameters of the one run of ``kind`` in MLflow."""
+        query = (
+            "select params.key, params.value from params join tags on tags.run_uuid = params.run_uuid where tags.key = 'csm.kind'"
+        )
+        with sqlite3.connect(self.root / "mlflow.db") as store:
+            return dict(store.execute(f"{query} and tags.value = ?", (kind,)))
+
     def runs(self) -> list[str]:
         """Names of the trials in MLflow."""
         query = "select name from runs join tags on tags.run_uuid = runs.run_uuid where tags.key = 'csm.kind' and tags.value = 'trial'"
@@ -123,6 +131,7 @@ def test_a_killed_sweep_goes_on(sweep):
     assert len(before) >= 2
     assert result(made.run())["trials"] == 4
     assert made.runs() == [f"trial-{number}" for number in range(4)]
+    assert {"tune.trials": "4", "tune.search": "tpe"}.items() <= made.params("sweep").items()
     assert {path: stamp for path, stamp in made.models().items() if path in before} == before
 
 
