@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,24 @@ def location(text: str | Path) -> Path:
     if not path.path.strip("/"):
         raise InputError(f"{text}: expected {scheme}://BUCKET/FOLDER")
     return cast(Path, path)
+
+
+def reach(path: Path) -> None:
+    """Raise ``InputError`` within seconds if files cannot be written and read below ``path`` on a store, really tried."""
+    scheme = str(path).partition("://")[0]
+    impatient = {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 3, "read_timeout": 10}}
+    options = {**_OPTIONS["s3"], **impatient} if scheme == "s3" else {}
+    try:
+        trial = UPath(str(path), skip_instance_cache=True, **options) / f".trial-{uuid.uuid4().hex}"
+        trial.write_bytes(b"csm")
+        if trial.read_bytes() != b"csm":
+            raise OSError("what was written is not what is read")
+        trial.unlink()
+    except Exception as error:  # every store has errors of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{path}: cannot be written and read ({reason}); check the name, that the store answers, and this machine's rights to it"
+        ) from None
 
 
 def is_remote(path: Path) -> bool:
