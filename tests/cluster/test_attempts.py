@@ -45,13 +45,10 @@ def test_after_a_death_a_shard_is_tried_alone_and_given_up_after_the_third(world
 
 
 def test_the_loss_of_a_node_does_not_count(world):
-    for _ in range(5):
-        assert world.begin(1) is True
-        world.nodes = {"n2"}
-        assert world.standing().working == 0
-        world.nodes = {"n1", "n2"} - {"n1"}
-    assert world.begin(1, B) is True
-    assert world.standing().lost == 1
+    for number in range(5):
+        world.nodes = {f"n{number}"}
+        assert world.begin(1, Worker(f"n{number}", f"h{number}", 1)) is True
+        assert world.standing()[:4] == (1, None, number, 0.0)
 
 
 def test_a_process_that_died_just_before_its_node_does_not_count_either(world):
