@@ -4,11 +4,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from ray.train import get_context
 
 from cluster.resources import Group, group_size
+from cluster.session import share
 from cluster.training import run_groups, worker_device
 from csm.errors import InputError
 from csm.generators.fitting import FitJob, OnStep, fit_job
@@ -34,7 +34,7 @@ def fit_in_group(job: FitJob, group: Group, directory: Path, name: str, on_step:
         FloatingPointError: the loss is not finite.
         OSError: a worker could not write.
     """
-    workers = group_size(group, job.config.batch_size, ray.cluster_resources(), "fit")
+    workers = group_size(group, job.config.batch_size, share(), "fit")
     if workers > 1 and 0 < group.gpus < 1:
         raise InputError(f"resources.fit.gpus: expected 0 or at least 1 for each of {workers} workers, got {group.gpus:g}")
     failures: list[Exception] = []

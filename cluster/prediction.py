@@ -7,6 +7,7 @@ import ray
 import torch
 
 from cluster.resources import Group, group_size
+from cluster.session import share
 from csm.errors import InputError
 from csm.shift_metrics import ShiftJob, is_measured, measure_shift
 
@@ -39,7 +40,7 @@ def measure_shifts(jobs: Sequence[ShiftJob], group: Group, on_measured: Callable
             todo.setdefault(job.run, []).append(job)
     if not todo:
         return
-    room = group_size(group, len(todo), ray.cluster_resources())
+    room = group_size(group, len(todo), share())
     threads, device = max(1, round(group.cpus)), "cuda" if group.gpus else "cpu"
     task = ray.remote(num_cpus=group.cpus, num_gpus=group.gpus, max_retries=3)(_measure_run)
     waiting = list(todo.values())

@@ -90,7 +90,7 @@ def pool_sizes(pools: dict[str, Pool], total: dict[str, float]) -> dict[str, tup
             sums = " + ".join(f"{name} {p.min_actors} x {getattr(p, key):g}" for name, p in pools.items())
             raise InputError(
                 f"resources: {sums} = {needed[key]:g} {kind}, but the cluster has {have:g}; "
-                f"lower resources.*.{key} or resources.*.min_actors, or add nodes"
+                f"lower resources.*.{key} or resources.*.min_actors, raise resources.cap if it is set, or add nodes"
             )
     sizes = {}
     for name, pool in pools.items():

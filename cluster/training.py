@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Empty, Queue
 
 from cluster.resources import Group, group_size
+from cluster.session import records_in, share
 from cluster.streaming import open_stream
 from csm.errors import InputError
 from csm.runs import RunSpec, fit_run, is_finished
@@ -85,12 +85,12 @@ def fit_many(
             errors[event.run] = event.error
 
     if together == 1:
-        workers, shares = group_size(group, len(todo), ray.cluster_resources()), [todo]
+        workers, shares = group_size(group, len(todo), share()), [todo]
     else:
         workers = together
-        size = group_size(group, len(todo) * together, ray.cluster_resources())
+        size = group_size(group, len(todo) * together, share())
         if size < together:
-            size = group_size(replace(group, workers=together), together, ray.cluster_resources())
+            size = group_size(replace(group, workers=together), together, share())
         shares = [todo[number :: size // together] for number in range(min(size // together, len(todo)))]
         if 0 < group.gpus < 1:
             raise InputError(f"resources.train.gpus: expected 0 or at least 1 for each of {together} workers, got {group.gpus:g}")
@@ -146,7 +146,7 @@ def run_groups(
             ),
             run_config=RunConfig(
                 name=name if len(settings) == 1 else f"{name}-{number}",
-                storage_path=str(directory.absolute()),
+                **records_in(directory),
                 failure_config=FailureConfig(max_failures=3),
             ),
         )

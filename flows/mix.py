@@ -67,8 +67,9 @@ def process(
     done: int,
     seconds: float = 0.0,
 ) -> None:
-    """Do ``work``, which calls the functions that it is given with every receipt, and now and then with where the workers stand, over Ray, and
-    keep each receipt in ``receipts.jsonl`` as it comes.
+    """Do ``work`` over Ray, and keep each receipt in ``receipts.jsonl`` as it comes.
+
+    It calls the functions that it is given: the first with every receipt, the other now and then with what the workers are at.
 
     Progress, on the terminal and in MLflow, is that of ``parts``: how many of ``total`` rows, which are called ``unit`` (``done`` were
     there before), how many a second of this session, and device-seconds: how long the workers were busy, ``seconds`` of them in sessions
