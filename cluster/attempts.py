@@ -36,7 +36,7 @@ class Standing(NamedTuple):
         slowest: the one that takes longest, if that is much longer than usual.
         lost: workers that died in the middle of a shard.
         seconds: how long they had been at those.
-        wanting: what the nodes that are left do not have for a worker of each pool; "" if they have it.
+        wanting: what the workers wait for: what the nodes that are left lack for one of each pool, or a run that goes first; "": nothing.
     """
 
     working: int
@@ -110,6 +110,10 @@ class Attempts:
             return  # its node came back after it was thought lost
         seconds = self._clock() - self._open.pop((step, shard))[1]
         self._usual[step] = seconds if step not in self._usual else 0.8 * self._usual[step] + 0.2 * seconds
+
+    def pause(self) -> None:
+        """All workers are ended; what they are at is begun again later."""
+        self._open.clear()
 
     def standing(self, alive: Collection[str]) -> Standing:
         """What is going on, on the nodes ``alive``."""

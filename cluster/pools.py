@@ -6,7 +6,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -18,6 +18,7 @@ from cluster.attempts import Poison, PoisonError, Standing, Worker, start_attemp
 from cluster.resources import Pool, pool_sizes
 from cluster.session import share
 from cluster.shards import Receipt
+from cluster.sharing import ahead, await_turn
 from cluster.standing import watching
 
 _RECEIPT = pa.struct(
@@ -134,6 +135,7 @@ def run_steps(
     """Send every shard through the pools of ``steps``, one after the other; no shard waits for another one.
 
     Needs a Ray session. A lost worker's shards are done by another one. A shard on which a worker's process died three times is set aside.
+    While a run of higher priority is there, the workers are ended and this one waits.
 
     Args:
         steps: the pools.
@@ -148,34 +150,48 @@ def run_steps(
         Exception: whatever else the work on a shard raised.
     """
     pools = {step.name: step.pool for step in steps}
-    sizes = pool_sizes(pools, share())
+    pool_sizes(pools, share())
     if not shards:
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = 1  # bytes: what an actor yields for a shard goes on at once, not with the rest of its block
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # where IN_FLIGHT blocks for `calls` threads are enough
+    left, poisons, attempts = dict.fromkeys(shards), [], start_attempts()
+    with watching(attempts, pools, on_standing):
+        while left:
+            await_turn()
+            sizes = pool_sizes(pools, share())
+            with closing(_results(steps, list(left), sizes, attempts)) as rows:
+                for row in rows:
+                    for receipt in row["receipts"]:
+                        on_receipt(Receipt(**receipt))
+                    if row["failure"] is not None:
+                        failure = pickle.loads(row["failure"])
+                        if not isinstance(failure, Poison):
+                            raise failure
+                        poisons.append(failure)
+                    left.pop(row["shard"])
+                    if left and ahead() is not None:
+                        break
+            ray.get(attempts.pause.remote())
+    if poisons:
+        raise PoisonError(sorted(poisons))
+
+
+def _results(
+    steps: Sequence[Step], shards: Sequence[int], sizes: dict[str, tuple[int, int]], attempts: Any
+) -> Iterator[dict[str, Any]]:
+    """Rows of ``_SCHEMA`` for ``shards`` that went through all ``steps``, as they come; the workers are there until it is closed."""
     rows = pa.Table.from_pylist([{"shard": shard, "receipts": [], "failure": None} for shard in shards], schema=_SCHEMA)
     blocks, start = [], 0
     for length in block_lengths(len(shards), max(most for _, most in sizes.values())):
         blocks.append(rows.slice(start, length))
         start += length
     data = ray.data.from_arrow(blocks)
-    attempts = start_attempts()
     for step in steps:
         data = _through(data, step, sizes[step.name][1], Watch(attempts, step.name, step.calls))
-    poisons = []
-    with watching(attempts, pools, on_standing):
-        for row in data.iter_rows():
-            for receipt in row["receipts"]:
-                on_receipt(Receipt(**receipt))
-            if row["failure"] is not None:
-                failure = pickle.loads(row["failure"])
-                if not isinstance(failure, Poison):
-                    raise failure
-                poisons.append(failure)
-    if poisons:
-        raise PoisonError(sorted(poisons))
+    yield from data.iter_rows()
 
 
 def block_lengths(shards: int, actors: int) -> list[int]:

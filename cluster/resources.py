@@ -55,7 +55,8 @@ class ResourcesConfig:
 
     On two CPUs the defaults give two mixing actors and one annotation actor beside them. ``fit`` is the group that trains one generator
     together, ``train`` the one that shares many classifiers. All of them are sized to ``cap``, this run's share of a cluster that others
-    use too.
+    use too. While a run of higher ``priority`` is on the cluster, this one waits: mixing and annotation from one shard to the next,
+    trainings and sweeps before they start.
     """
 
     mix: Pool = Pool(cpus=0.8)
@@ -63,6 +64,7 @@ class ResourcesConfig:
     train: Group = Group()
     fit: FitGroup = FitGroup()
     cap: Cap = Cap()
+    priority: int = 0
 
 
 def fits(cpus: float, gpus: float, total: dict[str, float]) -> int:

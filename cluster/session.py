@@ -21,11 +21,12 @@ logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and settings pass through it; images never do
 CONNECT_SECONDS = 5.0
-_caps = [Cap()]  # of the session that is open, last
+NO_CAP = Cap()
+_caps = [NO_CAP]  # of the session that is open, last
 
 
 @contextmanager
-def session(address: str = "local", cpus: int | None = None, cap: Cap = _caps[0], namespace: str | None = None) -> Iterator[None]:
+def session(address: str = "local", cpus: int | None = None, cap: Cap = NO_CAP, namespace: str | None = None) -> Iterator[None]:
     """Connect to Ray for the length of the block.
 
     Args:

@@ -11,6 +11,7 @@ import ray
 
 from cluster.attempts import Standing
 from cluster.resources import Pool, wanting
+from cluster.sharing import ahead
 
 TICK_SECONDS = 2.0
 PATIENCE_SECONDS = 300.0  # for nodes that are lost to come back, where those that are left do not do
@@ -29,6 +30,8 @@ def watching(attempts: Any, pools: Mapping[str, Pool], on_standing: Callable[[St
     def ask() -> Standing:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         standing: Standing = ray.get(attempts.standing.remote({node["NodeID"] for node in nodes}))
+        if (priority := ahead()) is not None:
+            return standing._replace(wanting=f"a run of priority {priority} goes first")
         return standing._replace(wanting=wanting(pools, [node["Resources"] for node in nodes]))
 
     def watch() -> None:
@@ -39,7 +42,7 @@ def watching(attempts: Any, pools: Mapping[str, Pool], on_standing: Callable[[St
             except ray.exceptions.RayError:
                 return  # the cluster is gone: who reads the results hears of it
             on_standing(standing)
-            if standing.working or not standing.wanting:
+            if standing.working or not standing.wanting or ahead() is not None:
                 since = time.monotonic()
             elif time.monotonic() - since > PATIENCE_SECONDS:
                 if caller is threading.main_thread() and caller.ident:

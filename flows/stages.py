@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from cluster.session import session
+from cluster.sharing import ahead, await_turn, present
 from csm import storage, tables
 from csm.datasets import DatasetInfo, RealDataset
 from csm.errors import InputError
@@ -144,13 +145,19 @@ class Context:
         return key
 
     def connect(self) -> None:
-        """Join or start Ray, once for all stages of the command."""
+        """Join or start Ray, once for all stages of the command, and wait while a run of higher priority is there."""
         if not self._connected:
             say(f"ray: {'starting on this machine' if self.address == 'local' else 'joining ' + self.address}")
             self._resources.enter_context(redirect_stdout(sys.stderr))  # where Ray prints what it says of lost workers
             name = f"csm-{storage.digest(str(self.workspace.root.absolute()))[:12]}"
-            self._resources.enter_context(session(self.address, cap=self.config.resources.cap, namespace=name))
+            resources = self.config.resources
+            self._resources.enter_context(session(self.address, None, resources.cap, name))
+            if self.address != "local":
+                self._resources.enter_context(present(resources.priority))
             self._connected = True
+        if (priority := ahead()) is not None:
+            say(f"waiting: a run of priority {priority} goes first")
+            await_turn()
 
     def close(self, status: str) -> None:
         """End the parent run with ``status``, if there is one, and leave Ray."""

@@ -57,7 +57,7 @@ def test_mixing_and_annotation(both, tmp_path):
             root / "plan.parquet", root / "generator", out / "mixed", "m", info.shape, SamplerConfig(steps=2), 4, frozenset(rows)
         )
         mixing = MixShards(job, 1)
-        receipts = [receipt for shard in rows for receipt in mixing._mix(shard)]
+        receipts = [receipt for shard in rows for receipt in mixing.work(shard)]
         assert [receipt["rows"] for receipt in receipts] == list(rows.values())
         assert finished_shards(out / "mixed", "m", rows) == set(rows)
         sources = Sources(root, (root / "annotators" / "members" / "00",))
@@ -65,7 +65,7 @@ def test_mixing_and_annotation(both, tmp_path):
         encoders = {"teacher": EncoderSpec("teacher", "teacher", sources)}
         files = (root / "plan.parquet", out / "mixed", out / "teacher")
         annotating = AnnotateShards([AnnotateJob("teacher", spec, encoders, *files, "a", info.shape, 10, frozenset(rows))], 1)
-        checksums = [receipt["checksum"] for shard in rows for receipt in annotating._annotate(shard)]
+        checksums = [receipt["checksum"] for shard in rows for receipt in annotating.work(shard)]
         made.append((out, [receipt["checksum"] for receipt in receipts], checksums))
     (folder, *sums), (remote, *others) = made
     assert sums == others
@@ -83,7 +83,7 @@ def test_encoding(both, tmp_path, monkeypatch):
         job = EncodeJob(encoder, root / "real" / "part-00000.parquet", out, "e", shape, frozenset(shards))
         actor = EncodeShards([job], 1)
         for shard in shards:
-            actor._encode(shard)
+            actor.work(shard)
         tables_of.append(FeatureTable(out).matrix("val"))
     assert torch.equal(tables_of[0][0], tables_of[1][0])
     assert torch.equal(tables_of[0][1], tables_of[1][1])

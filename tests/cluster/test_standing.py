@@ -1,0 +1,121 @@
+"""Pools that take every CPU of a cluster that loses nodes: they go on with what is left, wait where that is too little, and say so."""
+
+import sys
+import time
+
+import pytest
+from ray import cloudpickle
+from ray.cluster_utils import Cluster
+
+from cluster.pools import ShardWorker, Step, make_receipt, run_steps
+from cluster.resources import Pool
+from cluster.session import session
+
+pytestmark = pytest.mark.ray
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+STORE = {"object_store_memory": 80 * 2**20}
+# The head hears of a dead node within seconds.
+HEALTH = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
+
+
+class Slow(ShardWorker):
+    def __init__(self, threads, watch, seconds):
+        super().__init__(threads, watch)
+        self.seconds = seconds
+
+    def work(self, shard):
+        time.sleep(self.seconds)
+        return [make_receipt(self._watch.step, shard, 1, "", self.seconds)]
+
+
+def steps(mix: Pool, annotate: Pool):
+    return [Step("mix", Slow, {"seconds": 0.2}, mix, calls=2), Step("annotate", Slow, {"seconds": 0.05}, annotate)]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without CPUs for work; each test adds its nodes."""
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH, **STORE}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def add(cluster):
+    """``add()``: a new node of one CPU, which is there until the test ends or loses it."""
+    added = []
+
+    def one():
+        added.append(cluster.add_node(num_cpus=1, **STORE))
+        cluster.wait_for_nodes()
+        return added[-1]
+
+    yield one
+    for node in set(added) & set(cluster.list_all_nodes()):
+        cluster.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture
+def joined(cluster):
+    with session(cluster.address):
+        yield cluster
+
+
+def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(joined, add):
+    lost, _ = add(), add()
+    fixed = Pool(min_actors=3, max_actors=3, cpus=0.5)
+    receipts, standings, removed = [], [], []
+
+    def on_receipt(receipt):
+        receipts.append(receipt)
+        if not removed and lost.node_id in {receipt.node for receipt in receipts}:
+            joined.remove_node(lost, allow_graceful=False)
+            removed.append(lost)
+
+    run_steps(steps(fixed, Pool(max_actors=1, cpus=0.5)), range(30), on_receipt, standings.append)
+    assert removed
+    assert sorted((r.part, r.shard) for r in receipts) == sorted((p, s) for p in ("mix", "annotate") for s in range(30))
+    assert 1 <= standings[-1].lost <= 3
+    assert 0 < standings[-1].seconds < 60
+    assert standings[-1].wanting == ""
+
+
+def test_where_too_little_is_left_it_waits_and_says_so_and_goes_on_with_a_new_node(joined, add):
+    lost = add()
+    receipts, texts, added = [], [], []
+
+    def on_receipt(receipt):
+        receipts.append(receipt)
+        if len(receipts) == 3:
+            joined.remove_node(lost, allow_graceful=False)
+
+    def on_standing(standing):
+        texts.append(standing.wanting)
+        if standing.wanting and not added:
+            added.append(add())
+
+    run_steps(steps(Pool(cpus=0.5, max_actors=1), Pool(cpus=0.5, max_actors=1)), range(12), on_receipt, on_standing)
+    assert "the 1 node(s) left, with 0 CPU and 0 GPU, have no room for mix (0.5 CPU, 0 GPU)" in texts
+    assert texts[-1] == ""
+    assert sorted((r.part, r.shard) for r in receipts) == sorted((p, s) for p in ("mix", "annotate") for s in range(12))
+
+
+def test_where_nothing_comes_back_it_stops_with_one_line(joined, add, monkeypatch):
+    monkeypatch.setattr("cluster.standing.PATIENCE_SECONDS", 1.0)
+    lost, receipts = add(), []
+
+    def on_receipt(receipt):
+        receipts.append(receipt)
+        if len(receipts) == 3:
+            joined.remove_node(lost, allow_graceful=False)
+
+    line = r"^nodes were lost, the 1 node\(s\) left, .* have no room for mix .*; add nodes, then run the same command again to go on$"
+    with pytest.raises(RuntimeError, match=line):
+        run_steps(steps(Pool(cpus=0.5, max_actors=1), Pool(cpus=0.5, max_actors=1)), range(1000), on_receipt)
