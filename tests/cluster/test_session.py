@@ -9,7 +9,8 @@ import pytest
 import ray
 
 from cluster import session as module
-from cluster.session import require_answer, session
+from cluster.resources import Cap
+from cluster.session import require_answer, session, share
 from csm.errors import InputError
 
 
@@ -105,6 +106,15 @@ def test_an_error_in_the_block_leaves_the_cluster_too(ray_address):
     with pytest.raises(KeyError), session(ray_address):
         raise KeyError
     assert not ray.is_initialized()
+
+
+@pytest.mark.ray
+def test_the_cap_holds_for_the_session(ray_address):
+    with session(ray_address, cap=Cap(cpus=0.5), namespace="csm-test"):
+        assert share()["CPU"] == 0.5
+        assert ray.get_runtime_context().namespace == "csm-test"
+    with session(ray_address):
+        assert share()["CPU"] == 2
 
 
 OWN = """

@@ -8,7 +8,7 @@ import pytest
 from csm.errors import InputError
 from flows.artifacts import Workspace
 from flows.config import load_config
-from flows.stages import Context, Made, Stage, refuse_replacing, run_stage, stale
+from flows.stages import Context, Losses, Made, Stage, refuse_replacing, run_stage, stale
 
 
 class FakeTracker:
@@ -110,6 +110,21 @@ def test_outcomes_are_what_json_promises(made):
     run_stage(context, "source")
     assert context.outcomes == {"source": {"seconds": 0.0, "reused": True, "rows": 7}}
     run_stage(made.context(forced=["source"]), "source")
+
+
+def test_what_was_lost_is_told_in_a_line_in_json_and_in_mlflow(pipeline, capsys):
+    context = pipeline.context()
+    context.losses["source"] = Losses(2, 41.23456)
+    context.losses["table"] = Losses()
+    for name in ("source", "table", "end"):
+        run_stage(context, name)
+    lost = [{key: value for key, value in outcome.items() if "lost" in key} for outcome in context.outcomes.values()]
+    assert lost == [{"workers_lost": 2, "seconds_lost": 41.235}, {"workers_lost": 0, "seconds_lost": 0.0}, {}]
+    assert [line for line in capsys.readouterr().err.splitlines() if "lost" in line] == [
+        "source: 2 workers lost, about 41 s of work repeated"
+    ]
+    (metrics,) = [values for key, values in pipeline.tracker.metrics.items() if key.startswith("stage source")]
+    assert (metrics["workers_lost"], metrics["seconds_lost"]) == (2, 41.235)
 
 
 def test_nothing_changed_nothing_is_done(made, tmp_path):
