@@ -45,7 +45,7 @@ def test_an_alias_and_the_store_of_the_environment(modelled, tmp_path, monkeypat
         ("nowhere", "--model nowhere: does not exist; give a workspace in which `csm train` ended"),
         (".", "--model .: holds no model.json; give a workspace"),
         ("file", "--model file: is a file, not a folder; give a workspace"),
-        ("s3://bucket/model", "--model s3://bucket/model: give a folder, models:/NAME/VERSION or runs:/RUN_ID/model"),
+        ("nope://bucket/model", "--model nope://bucket/model: there is no way to a store of nope://"),
         ("models:/csm-small/1", "--model models:/csm-small/1: in which store? give --tracking-uri, such as sqlite:///"),
     ],
 )
