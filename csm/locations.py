@@ -12,12 +12,13 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, TypeAlias, cast
 
 from fsspec import AbstractFileSystem
+from pydantic import PlainValidator
 from upath import UPath
 
 from csm.errors import InputError
@@ -54,21 +55,29 @@ def location(text: str | Path) -> Path:
     return cast(Path, path)
 
 
-def reach(path: Path) -> None:
-    """Raise ``InputError`` within seconds if files cannot be written and read below ``path`` on a store, really tried."""
+Location: TypeAlias = Annotated[Path, PlainValidator(location)]  # of a field that is read from JSON
+
+
+def reach(path: Path, write: bool = True) -> None:
+    """Raise ``InputError`` within seconds if files cannot be read, and with ``write`` written, below ``path`` on a store, really tried."""
     scheme = str(path).partition("://")[0]
     impatient = {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 3, "read_timeout": 10}}
     options = {**_OPTIONS["s3"], **impatient} if scheme == "s3" else {}
     try:
         trial = UPath(str(path), skip_instance_cache=True, **options) / f".trial-{uuid.uuid4().hex}"
-        trial.write_bytes(b"csm")
-        if trial.read_bytes() != b"csm":
-            raise OSError("what was written is not what is read")
-        trial.unlink()
+        if write:
+            trial.write_bytes(b"csm")
+            if trial.read_bytes() != b"csm":
+                raise OSError("what was written is not what is read")
+            trial.unlink()
+        else:
+            with suppress(FileNotFoundError):  # of a folder that is not there: it was answered
+                trial.fs.ls(str(path))
     except Exception as error:  # every store has errors of its own
         reason = " ".join(str(error).split()) or type(error).__name__
+        what = "written and read" if write else "read"
         raise InputError(
-            f"{path}: cannot be written and read ({reason}); check the name, that the store answers, and this machine's rights to it"
+            f"{path}: cannot be {what} ({reason}); check the name, that the store answers, and this machine's rights to it"
         ) from None
 
 
@@ -113,16 +122,51 @@ def local(path: Path) -> Path:
         if not copy.exists():
             temporary = folder.with_suffix(".tmp")
             shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-            targets = [temporary / path.name / name if name else temporary / path.name for name in found]
-            for target in targets:
-                target.parent.mkdir(parents=True, exist_ok=True)
-            store(path).get([str(path / name) if name else str(path) for name in found], [str(target) for target in targets])
+            _get(path, found, temporary / path.name)
             os.replace(temporary, folder)
         os.utime(folder)
         for old in versions.iterdir():
             if old.is_dir() and old.stat().st_mtime < time.time() - UNUSED_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
     return copy
+
+
+def fetch(path: Path, target: Path) -> None:
+    """Copy the file or folder at ``path``, which is on a store, to ``target`` on this machine.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``.
+    """
+    found = listing(path)
+    if not found:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    _get(path, found, target)
+
+
+def _get(path: Path, names: Collection[str], target: Path) -> None:
+    """Copy the files ``names`` of ``path``, as ``listing`` gives them, to ``target``."""
+    targets = [target / name if name else target for name in names]
+    for file in targets:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    store(path).get([str(path / name) if name else str(path) for name in names], [str(file) for file in targets])
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy the file or all files below the folder ``source`` to ``target`` within their store; what ``target`` has already stays."""
+    there = listing(target)
+    names = [name for name in listing(source) if name not in there]
+    if names:
+        sources, targets = ([str(path / name) if name else str(path) for name in names] for path in (source, target))
+        store(source).copy(sources, targets)
+
+
+def read_bytes(path: Path) -> bytes:
+    """What the file at ``path`` holds, in one request.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    return cast(bytes, store(path).cat_file(str(path))) if is_remote(path) else path.read_bytes()
 
 
 def listing(path: Path) -> dict[str, tuple[int, str]]:

@@ -14,7 +14,7 @@ from csm import storage, tables
 from csm.classifiers import Classifier, ClassifierSpec, build_classifier
 from csm.datasets import RealDataset
 from csm.errors import InputError
-from csm.locations import listing, local
+from csm.locations import Location, listing, local
 from csm.methods import Method
 from csm.optimization import OptimizerConfig
 from csm.reannotation import Calibration, soft_labels
@@ -29,10 +29,10 @@ STATE_SECONDS = 10.0  # between two saves of an unfinished training
 class MixedSource:
     """Where the mixed images and their annotations lie."""
 
-    plan: Path
-    mixed: Path
-    annotations: Path
-    calibration: Path
+    plan: Location
+    mixed: Location
+    annotations: Location
+    calibration: Location
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class RunSpec:
     run: str
     method: str
     seed: int
-    directory: Path
-    data: Path
+    directory: Location
+    data: Location
     network: str
     parameters: dict[str, Any]
     settings: Method

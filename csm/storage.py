@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from csm.errors import InputError
-from csm.locations import cache, is_remote, listing, local, store
+from csm.locations import cache, is_remote, listing, local, read_bytes, store
 from csm.parameters import expected
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Return the JSON value in ``path``; ``InputError`` names a file that is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_bytes(path).decode("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

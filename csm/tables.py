@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from csm.errors import InputError
-from csm.locations import is_remote, local
+from csm.locations import is_remote, local, read_bytes
 from csm.storage import replacing
 
 Schema: TypeAlias = Mapping[str, pl.DataType]
@@ -206,13 +206,15 @@ def read_sweep(path: Path) -> tuple[pl.DataFrame, list[str], list[str]]:
 
 
 def _collect(path: Path, columns: Sequence[str] | None = None, rows: tuple[int, int] | None = None) -> pl.DataFrame:
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
     try:
-        scan = pl.scan_parquet(io.BytesIO(path.read_bytes()) if is_remote(path) and rows is None else local(path))
+        if not is_remote(path) and not path.is_file():
+            raise FileNotFoundError
+        scan = pl.scan_parquet(io.BytesIO(read_bytes(path)) if is_remote(path) and rows is None else local(path))
         if columns is not None:
             scan = scan.select(columns)
         return (scan if rows is None else scan.slice(*rows)).collect()
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
     except _UNREADABLE as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path} is not a whole parquet file ({reason}): remove it and run again") from None

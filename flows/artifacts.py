@@ -4,7 +4,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,11 @@ class Workspace:
 
     Attributes:
         root: on storage that every node sees: a folder, or a place on a store.
+        records: of stages, by name, as far as they were read or written; None: they are read each time, as others may write them.
     """
 
     root: Path
+    records: dict[str, StageRecord] | None = field(default=None, compare=False, repr=False)
 
     @property
     def own(self) -> Path:
@@ -144,14 +146,23 @@ class Workspace:
 
     def record(self, stage: str) -> StageRecord | None:
         """The record of ``stage``, or None if it never started here."""
+        if self.records is not None and stage in self.records:
+            return self.records[stage]
         path = self._record_path(stage)
-        return storage.read_record(path, StageRecord) if path.is_file() else None
+        found = storage.read_record(path, StageRecord) if path.is_file() else None
+        if self.records is not None and found is not None:
+            self.records[stage] = found
+        return found
 
     def write_record(self, record: StageRecord) -> None:
         storage.write_json(self._record_path(record.name), asdict(record))
+        if self.records is not None:
+            self.records[record.name] = record
 
     def drop(self, stage: str, outputs: list[Path]) -> None:
         """Remove what ``stage`` made, its record first."""
+        if self.records is not None:
+            self.records.pop(stage, None)
         self._record_path(stage).unlink(missing_ok=True)
         for path in outputs:
             remove(path)
@@ -171,7 +182,7 @@ def open_workspace(root: Path, create: bool = True) -> Iterator[Workspace]:
     root = location(root)
     if is_remote(root):
         with _open_remote(root, create):
-            yield Workspace(root)
+            yield Workspace(root, {})
         return
     if not create and not root.is_dir():
         raise InputError(f"--workspace {root}: does not exist; run `csm run --workspace {root}` first")
@@ -192,7 +203,7 @@ def open_workspace(root: Path, create: bool = True) -> Iterator[Workspace]:
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         _remove_temporaries(root)
-        yield Workspace(root)
+        yield Workspace(root, {})
     finally:
         if is_new and os.listdir(root) == [".lock"]:  # the command was refused: leave nothing behind
             os.unlink(root / ".lock")

@@ -18,6 +18,7 @@ from csm.datasets.shifts import ShiftConfig, check_shift
 from csm.errors import InputError
 from csm.generators.conditioning import OPERATORS
 from csm.generators.config import GeneratorConfig
+from csm.locations import is_remote, location
 from csm.methods import Method
 from csm.parameters import check_name, check_parameters, expected
 from csm.planning import PlanConfig, ratio_grid
@@ -169,11 +170,11 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, Path) or is_remote(value) else value
 
 
 def _read(name: str) -> dict[str, Any]:
-    path = Path(name)
+    path = location(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise InputError(f"--config {name}: {'is a folder, not a file' if path.is_dir() else 'the file does not exist'}")

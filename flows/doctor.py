@@ -18,6 +18,7 @@ from csm.encoders import ENCODERS
 from csm.errors import InputError
 from csm.generators import GENERATORS
 from csm.generators.conditioning import OPERATORS
+from csm.locations import is_remote, reach
 from csm.losses import HARD, SOFT
 from csm.metrics import METRICS
 from csm.pixel_mixing import PIXEL_MIXING
@@ -107,6 +108,14 @@ def _version(package: str) -> str | None:
 
 def _check_workspace(workspace: Path, problems: list[str]) -> dict[str, Any]:
     """Whether files can be written there, really tried, and how much room there is."""
+    if is_remote(workspace):
+        try:
+            reach(workspace)
+        except InputError as error:
+            problems.append(f"workspace {error}")
+            return {"path": str(workspace), "state": "not writable", "free_bytes": None}
+        made = "made" if (workspace / "stages").is_dir() else "not made yet"
+        return {"path": str(workspace), "state": made, "free_bytes": None}
     existing = workspace.absolute()
     while not existing.exists():
         existing = existing.parent

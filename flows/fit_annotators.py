@@ -12,6 +12,7 @@ from csm import storage
 from csm.datasets import RealDataset
 from csm.encoders import FeatureTable
 from csm.errors import InputError
+from csm.locations import local
 from csm.reannotation import (
     HEADS,
     Annotator,
@@ -197,7 +198,7 @@ def _nll(context: Context, name: str, calibration: Calibration) -> str:
 
 def _class_counts(workspace: Workspace) -> dict[int, int]:
     """Images of each class in the validation split."""
-    labels = pl.scan_parquet(workspace.real).filter(pl.col("split") == "val").select("label").collect()["label"]
+    labels = pl.scan_parquet(local(workspace.real)).filter(pl.col("split") == "val").select("label").collect()["label"]
     return dict(labels.value_counts().iter_rows())
 
 

@@ -8,6 +8,7 @@ from csm.errors import InputError
 from csm.generators import load_generator
 from csm.generators.config import GeneratorConfig
 from csm.generators.importing import IMPORTERS, ImportOptions, detect
+from csm.locations import local
 from flows.artifacts import StageRecord
 from flows.progress import say
 from flows.stages import Context, Made
@@ -29,6 +30,7 @@ def import_generator(context: Context, record: StageRecord) -> Made:
     low, high = generator.sigma_range
     say(f"  {kind}: {parameters:,} parameters, noise {height}x{width}x{channels}, levels {low:.3g} to {high:.3g}")
     say(f"  go on with --config {context.workspace.config} --workspace {context.workspace.root}")
+    directory = local(directory)
     files = sorted(path for path in directory.rglob("*") if path.suffix in (".safetensors", ".json"))
     return Made(
         parameters, storage.digest(*((path.relative_to(directory).as_posix(), storage.file_digest(path)) for path in files))

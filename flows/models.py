@@ -1,4 +1,4 @@
-"""Finished models by what a user calls them: a folder, a workspace, or a name in MLflow's registry."""
+"""Finished models by what a user calls them: a folder or workspace, which may be on a store, or a name in MLflow's registry."""
 
 import logging
 import os
@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING
 
 from csm.calibrated import CalibratedClassifier, load_calibrated
 from csm.errors import InputError
+from csm.locations import is_remote, location, reach
 from flows.tracking_address import masked
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 FILES = ("model.json", "model.safetensors")
-# Where `model.json` lies below what is given: the folder itself, a workspace, an MLflow model.
-PLACES = (".", "model", "artifacts")
+PLACES = ("model", "artifacts")  # where `model.json` lies below a workspace, an MLflow model
 
 
 def open_model(text: str, tracking_uri: str | None = None) -> CalibratedClassifier:
     """The finished model that ``--model`` names, in evaluation mode. No code that comes with it is run.
 
     Args:
-        text: a folder with ``model.json``, a workspace, the folder of an MLflow model, or a URI of MLflow: ``models:/NAME/VERSION``,
-            ``models:/NAME@ALIAS``, ``runs:/RUN_ID/model``.
+        text: a folder with ``model.json``, a workspace, the folder of an MLflow model, each of them on this machine or on a store, or a URI
+            of MLflow: ``models:/NAME/VERSION``, ``models:/NAME@ALIAS``, ``runs:/RUN_ID/model``.
         tracking_uri: the MLflow store of such a URI; None: MLFLOW_TRACKING_URI.
 
     Raises:
@@ -32,16 +32,26 @@ def open_model(text: str, tracking_uri: str | None = None) -> CalibratedClassifi
     """
     if text.startswith(("models:/", "runs:/")):
         return _fetch(text, tracking_uri)
-    if "://" in text:
-        raise InputError(f"--model {text}: give a folder, models:/NAME/VERSION or runs:/RUN_ID/model with --tracking-uri")
-    root = Path(text)
-    for place in PLACES:
-        if (root / place / "model.json").is_file():
-            return load_calibrated(root / place)
+    root = _place(text)
+    for folder in (root, *(root / place for place in PLACES)):
+        if (folder / "model.json").is_file():
+            return load_calibrated(folder)
     reason = "does not exist" if not root.exists() else "holds no model.json" if root.is_dir() else "is a file, not a folder"
     raise InputError(
         f"--model {text}: {reason}; give a workspace in which `csm train` ended, or its folder model, or models:/NAME/VERSION"
     )
+
+
+def _place(text: str) -> Path:
+    """The folder, or the place on a store that answers, which ``text`` names."""
+    try:
+        root = location(text)
+        if is_remote(root):
+            reach(root, write=False)
+    except InputError as error:
+        more = "give a folder, s3://BUCKET/FOLDER, or models:/NAME/VERSION or runs:/RUN_ID/model with --tracking-uri"
+        raise InputError(f"--model {error}; {more}") from None
+    return root
 
 
 def _fetch(uri: str, tracking_uri: str | None) -> CalibratedClassifier:

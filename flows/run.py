@@ -83,6 +83,7 @@ def run_verb(
     Returns:
         workspace, report and metrics (paths, or null when they are not made yet), seconds, and stages: name -> seconds, reused, rows.
     """
+    tracking.check_workspace(workspace)
     require_answer(address)
     if "generator" in VERBS[verb]:
         generator.check_generator(verb, config.generator)

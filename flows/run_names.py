@@ -11,6 +11,7 @@ import yaml
 
 from csm import storage, tables
 from csm.errors import InputError
+from csm.locations import location
 from flows.artifacts import differences
 from flows.sweep_records import SweepFolder
 from flows.tracking import flatten
@@ -46,14 +47,14 @@ def find(name: str, workspace: Path) -> Trained:
     Raises:
         InputError: there is none of that name, it is not finished, or runs of a method have different settings.
     """
-    path = Path(name)
+    path = location(name)
     if (path / "run.json").is_file() or list(path.glob("seed*/run.json")):
         return _trained(name, path.absolute())
     where, colon, rest = name.rpartition(":")
-    if colon:
-        if not Path(where).is_dir():
+    if colon and not rest.startswith("//"):
+        if not location(where).is_dir():
             raise InputError(f"{name}: {where} is not a folder; write WORKSPACE:NAME")
-        workspace, rest = Path(where), rest
+        workspace = location(where)
     workspace = workspace.absolute()
     if not workspace.is_dir():
         raise InputError(f"--workspace {workspace}: does not exist; run `csm run --workspace {workspace}` first")

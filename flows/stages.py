@@ -115,7 +115,7 @@ class Context:
 
     def send_waiting(self) -> None:
         """Begin to send what an earlier command could not, if there is any."""
-        if waits(self.workspace.root, self.tracking.name):
+        if waits(self.workspace.own, self.tracking.name):
             self._open_tracker()
 
     def name_data(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from csm import storage
 from csm.errors import InputError
+from csm.locations import copy, is_remote
 from csm.methods import MixedTerm
 from csm.search.domains import Range
 from csm.search.space import SearchSpace
@@ -85,14 +86,13 @@ def make_inputs(context: Context, folder: SweepFolder) -> dict[str, Workspace]:
     made: dict[str, Workspace] = {}
     for number, part in enumerate(parts):
         digest = storage.digest(part)
-        workspace = Workspace(folder.inputs / digest)
+        workspace = Workspace(folder.inputs / digest, {})
         if part:
             values = ", ".join(f"{key} {value}" for key, value in part.items())
             say(f"tune: images and labels {number + 1} of {len(parts)}: {values}")
         config = input_config(context.config, part)
         if not part:
             _run(context, config, IMAGES)
-        workspace.root.mkdir(parents=True, exist_ok=True)
         below = replace(context, workspace=workspace)
         _link_inputs(replace(below, config=config), [context.workspace, *made.values()])
         _run(below, config)
@@ -132,7 +132,13 @@ def _link_inputs(context: Context, sources: Sequence[Workspace]) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give the file, or all files below the folder, at ``source`` a second name below ``target``; files are only ever replaced whole."""
+    """Give the file, or all files below the folder, at ``source`` a second name below ``target``; files are only ever replaced whole.
+
+    A store, which has no second names, copies them itself.
+    """
+    if is_remote(source):
+        copy(source, target)
+        return
     files = [path for path in source.rglob("*") if path.is_file()] if source.is_dir() else [source] if source.is_file() else []
     for path in files:
         name = target / path.relative_to(source) if path != source else target

@@ -1,7 +1,6 @@
 """What a sweep keeps on disk: which sweep it is, and how each trial ended."""
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from csm import storage
 from csm.errors import InputError
+from csm.locations import remove
 from csm.runs import RunSpec
 from csm.search.sections import dotted
 from flows.artifacts import differences
@@ -118,10 +118,8 @@ class SweepFolder:
     def drop(self) -> None:
         """Remove the sweep, but not the images that it needed."""
         self.settings.unlink(missing_ok=True)
-        for path in (self.trials, self.plots, self.model):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in (self.importance, self.table, self.best):
-            path.unlink(missing_ok=True)
+        for path in (self.trials, self.plots, self.model, self.importance, self.table, self.best):
+            remove(path)
 
     def open(self, config: Config) -> SweepRecord:
         """The record of the sweep of ``config``, which is made if there is none.
@@ -140,7 +138,6 @@ class SweepFolder:
             )
         if known is None or known.settings != settings:
             known = SweepRecord(settings, storage.digest(time.time_ns()))
-            self.settings.parent.mkdir(parents=True, exist_ok=True)
             storage.write_json(self.settings, asdict(known))
         return known
 

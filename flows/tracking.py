@@ -1,9 +1,9 @@
 """Tracking in MLflow: one parent run for each configuration, one child run for each stage and each classifier.
 
-Everything is written to a spool in the workspace (``flows/tracking_spool.py``), from which a thread of the driver
-(``flows/tracking_sender.py``) sends it to the store (``flows/tracking_store.py``): a store that is down or slow neither stops nor delays
-the work, and what a command could not send, the next one sends. Runs are named by a key that is equal when the work is, so work that
-goes on after an interruption goes on in its run, and work that is not done again makes no run.
+Everything is written to a spool (``flows/tracking_spool.py``) in the workspace, or on this machine if that is on a store of files, from
+which a thread of the driver (``flows/tracking_sender.py``) sends it to MLflow's store (``flows/tracking_store.py``): one that is down or
+slow neither stops nor delays the work, and what a command could not send, the next one sends. Runs are named by a key that is equal when
+the work is, so work that goes on after an interruption goes on in its run, and work that is not done again makes no run.
 """
 
 import logging
@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_metric_name, _validate_model_name, _validate_param_name, _validate_tag_name
 
 from csm.errors import InputError
+from flows.artifacts import Workspace
 from flows.tracking_address import OWN, Address
 from flows.tracking_inputs import origin_tags
 from flows.tracking_sender import PATIENCE, Sender
@@ -44,7 +45,7 @@ class Tracker:
         self._store = Store(workspace, address)
         if address.is_local:
             self._store.connect()
-        spool = Spool(workspace, address.name)
+        spool = Spool(Workspace(workspace).own, address.name)
         self._status: dict[str, str] = {}  # status of runs by key, which the store may not know yet
         self._opened: dict[str, int] = {}  # when runs were opened, in ms
         for record in spool.records():

@@ -3,9 +3,11 @@
 import hashlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from csm.errors import InputError
+from csm.locations import is_remote
 
 EXPERIMENT = "csm"
 SERVERS = ("http", "https")
@@ -73,6 +75,13 @@ class Address:
         if self == OWN:
             return "tracking"
         return f"tracking-{hashlib.blake2b(f'{masked(self.uri)} {self.experiment}'.encode(), digest_size=4).hexdigest()}"
+
+    def check_workspace(self, workspace: Path) -> None:
+        """``InputError`` if the runs would be kept in ``workspace`` and it is on a store, which holds no database."""
+        if not self.uri and is_remote(workspace):
+            raise InputError(
+                f"--workspace {workspace}: MLflow keeps no runs there; give --tracking-uri http://HOST:5000 or MLFLOW_TRACKING_URI"
+            )
 
     def __str__(self) -> str:
         return masked(self.uri) or "the workspace's store"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from csm.datasets import DatasetInfo
+from csm.locations import is_remote
 from flows.tracking_address import masked
 
 TRAINING = "training"
@@ -28,13 +29,13 @@ def mixed_input(info: DatasetInfo, annotator: str, digest: str, images: int, fol
 
 
 def _input(name: str, digest: str, folder: Path, profile: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """As ``Store`` logs it; source_type "local" is a path that ``mlflow.data`` resolves."""
-    source = json.dumps({"uri": str(folder.absolute())})
+    """As ``Store`` logs it; source_type "local" is a path that ``mlflow.data`` resolves, and so is the scheme of a store."""
+    uri = str(folder.absolute())
     dataset = {
         "name": name[:500],
         "digest": digest[:36],
-        "source_type": "local",
-        "source": source,
+        "source_type": uri.partition("://")[0] if is_remote(folder) else "local",
+        "source": json.dumps({"uri": uri}),
         "schema": json.dumps({"csm": schema}),
         "profile": json.dumps(profile),
     }

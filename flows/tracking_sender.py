@@ -12,7 +12,7 @@ from flows.tracking_store import AwayError, RefusedError, Store, short
 PATIENCE = 5.0  # seconds without a record sent that the end of a command waits for a server
 LONGEST = 15.0  # seconds that it waits in all
 RETRY = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between tries of a store that does not answer
-SAVE_SECONDS = 5.0  # between two writes of the index while records wait
+SAVE_SECONDS = 5.0  # between two writes of the index while records wait, or to a store
 
 
 class Sender:
@@ -29,6 +29,7 @@ class Sender:
         self._ending = self._gone = False
         self._tries = 0  # that failed since the store last answered
         self._said: set[str] = set()
+        self._saved, self._unsaved = time.monotonic(), False  # when the index was written, and whether more was sent since
         threading.Thread(target=self._send_all, name="tracking", daemon=True).start()
 
     def append(self, record: Record, source: Path | None = None) -> None:
@@ -74,6 +75,8 @@ class Sender:
                     f"tracking: {self.spool.waiting:,} records for {self._address} wait in {self.spool.path}; "
                     "the next command with the same options sends them"
                 )
+            elif self._unsaved:  # the thread sleeps
+                self._save()
         finally:
             with self.change:
                 self._gone = True
@@ -86,22 +89,25 @@ class Sender:
 
     def _send_all(self) -> None:
         """The sender's work: the records in their order, each until the store took it or refused it for good."""
-        saved = time.monotonic()
         while True:
-            with self.change:
-                while not self._gone and (record := self.spool.first()) is None:
-                    if self._ending:
-                        return
-                    self.change.wait()
-                if self._gone:
-                    return
             try:
+                with self.change:
+                    while not self._gone and (record := self.spool.first()) is None:
+                        if self._ending:
+                            return
+                        if self._unsaved and self._is_due():
+                            self._save()
+                        self.change.wait(SAVE_SECONDS if self._unsaved else None)
+                    if self._gone:
+                        return
                 failure = self._send(record)
                 with self.change:
                     if self._gone:
                         return
                     if isinstance(failure, AwayError):
                         self._tries += 1
+                        if self._unsaved:
+                            self._save()
                         self._say_once(
                             "away",
                             f"{self._address} does not answer ({failure}); work goes on, records wait in {self.spool.path}",
@@ -117,9 +123,9 @@ class Sender:
                             f"{self._address} refused a record ({failure}); it is put aside in {self.spool.refused}",
                         )
                         self.spool.refuse()
-                    if not self.spool.waiting or time.monotonic() - saved > SAVE_SECONDS:
-                        self._store.save()
-                        saved = time.monotonic()
+                    self._unsaved = True
+                    if self._is_due() or not (self.spool.waiting or self._store.is_remote):
+                        self._save()
                     if not self.spool.waiting:
                         self.spool.cut()
                     self.change.notify_all()
@@ -128,6 +134,14 @@ class Sender:
                     self.error = error
                     self.change.notify_all()
                 return
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._saved > SAVE_SECONDS
+
+    def _save(self) -> None:
+        """Write the index."""
+        self._store.save()
+        self._saved, self._unsaved = time.monotonic(), False
 
     def _send(self, record: Record) -> AwayError | RefusedError | None:
         """Why ``record`` was not sent; None: it was."""

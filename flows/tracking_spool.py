@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from csm import storage
+from csm.locations import fetch, is_remote
 
 Record = dict[str, Any]
 
@@ -50,11 +51,16 @@ class Spool:
         self.waiting += len(records)
 
     def keep(self, source: Path) -> str:
-        """A copy of a file or folder as it is now (a hard link: files are replaced, never changed); where it lies, for ``file``."""
+        """A copy of a file or folder as it is now; where it lies, for ``file``.
+
+        Of one on this machine it is a hard link: files are replaced, never changed.
+        """
         kept = self._files / uuid.uuid4().hex / source.name
         kept.parent.mkdir(parents=True)
         try:
-            if source.is_dir():
+            if is_remote(source):
+                fetch(source, kept)
+            elif source.is_dir():
                 shutil.copytree(source, kept, copy_function=_link)
             else:
                 _link(str(source), str(kept))

@@ -18,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from csm import storage
 from csm.errors import InputError
+from csm.locations import is_remote
 from flows.tracking_address import Address, masked
 from flows.tracking_spool import Record, Spool, folder_digest
 
@@ -36,7 +37,7 @@ class RefusedError(Exception):
 
 
 class Store:
-    """One experiment of a tracking store; run ids are kept in ``NAME.json`` of ``workspace``, by key.
+    """One experiment of a tracking store; run ids are kept in ``NAME.json`` of ``workspace``, which may be on a store, by key.
 
     An entry is {run_id, opened: in ms, steps: [[first, last], ...] of ``steps`` records, status: as last closed}.
     """
@@ -47,7 +48,12 @@ class Store:
         self._path = workspace / f"{address.name}.json"
         self.index: dict[str, dict[str, Any]] = storage.read_json(self._path) if self._path.is_file() else {}
         self._client: MlflowClient | None = None
-        self._experiment = ""
+        self._experiment = self._id = ""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether ``save`` goes to a store of files, which takes a while."""
+        return is_remote(self._path)
 
     def save(self) -> None:
         """Write the index, which a command that goes on finds its runs by."""
@@ -256,9 +262,10 @@ class Store:
     def _workspace_id(self) -> str:
         """Tells the runs of this workspace from those of others that track the same work in the same store."""
         path = self._workspace / "tracking.id"
-        if not path.is_file():
+        if not self._id and not path.is_file():
             storage.write_text(path, uuid.uuid4().hex + "\n")
-        return path.read_text().strip()
+        self._id = self._id or path.read_text().strip()
+        return self._id
 
 
 def store_uri(workspace: Path) -> str:

@@ -49,6 +49,7 @@ def tune(
     Raises:
         InputError: the space does not fit the rest, the workspace holds another sweep, or no trial came to its end.
     """
+    tracking.check_workspace(workspace)
     require_answer(address)
     check_tune(config)
     if not config.tune.space:
@@ -168,7 +169,7 @@ def _draw(trials: Trials, ranked: Sequence[TrialRecord], best: set[int], mattere
     if mattered:
         shares = {f"{item.key} ({item.beside})" if item.beside else item.key: item.share for item in mattered}
         figures["importance"] = importance_bars(shares, f"share of the variance of {label}")
-    folder.plots.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(folder.plots / f"{name}.png")
+        with storage.replacing(folder.plots / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png")
         context.tracker.log_file(context.parent_key, folder.plots / f"{name}.png", "plots")

@@ -12,6 +12,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from csm.errors import InputError
+from flows.artifacts import Workspace
 from flows.progress import say
 from flows.tracking import store_uri
 from flows.tracking_address import Address, masked
@@ -30,9 +31,10 @@ def serve(workspace: Path, host: str, port: int, tracking_uri: str, experiment: 
     Raises:
         InputError: there is no store yet, no such experiment, or the server does not answer.
     """
+    asked = Address(tracking_uri, experiment)
+    asked.check_workspace(workspace)
     if not tracking_uri and not (workspace / "mlflow.db").is_file():
         raise InputError(f"--workspace {workspace}: has no mlflow.db yet; run `csm run --workspace {workspace}` first")
-    asked = Address(tracking_uri, experiment)
     store = asked.uri or store_uri(workspace)
     number, views = prepare(store, experiment)
     address = re.sub("//[^/@]*@", "//", store).rstrip("/") if asked.is_server else f"http://{host}:{port}"
@@ -80,7 +82,7 @@ def _replace_by_server(store: str, workspace: Path, host: str, port: int) -> Non
         "--backend-store-uri",
         store,
         "--default-artifact-root",
-        (workspace / "mlartifacts").absolute().as_uri(),
+        (Workspace(workspace).own / "mlartifacts").absolute().as_uri(),
         "--host",
         host,
         "--port",

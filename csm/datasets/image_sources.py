@@ -27,6 +27,7 @@ from csm.datasets.npz import KEYS
 from csm.datasets.real import RealDataset
 from csm.datasets.source_files import find_files, splits_of
 from csm.errors import InputError
+from csm.locations import location
 from csm.pickles import not_plain
 
 ROWS = 256  # of a parquet file, read at once
@@ -97,7 +98,7 @@ def images_of(path: str) -> ImageSource:
     Raises:
         InputError: a folder without images, or a damaged npz or parquet file.
     """
-    root = Path(path)
+    root = location(path)
     if _is_workspace(root):
         return _workspace(root, None)
     if root.is_dir():
@@ -123,7 +124,7 @@ def labelled_images_of(path: str, split: str = "test") -> ImageSource:
     Raises:
         InputError: it does not exist, is damaged, is none of these, or has no image in ``split``.
     """
-    root = Path(path)
+    root = location(path)
     if split not in tables.SPLITS:
         raise InputError(f"--split {split}: unknown; one of {', '.join(tables.SPLITS)}")
     if _is_workspace(root):
