@@ -96,8 +96,8 @@ class EncodeShards(ShardWorker):
                     f"annotate.encoders.{name}: {error} (images from row {shard * SLICE_ROWS} of {job.real})"
                 ) from None
             seconds = time.monotonic() - started
-            checksum = write_part(frame, job.features, shard, frame.schema, job.key)
-            receipts.append(make_receipt(f"encoders/{name}", shard, len(frame), checksum, seconds))
+            written = write_part(frame, job.features, shard, frame.schema, job.key)
+            receipts.append(make_receipt(f"encoders/{name}", shard, len(frame), written, job.key, seconds))
         return receipts
 
 
@@ -128,8 +128,8 @@ class AnnotateShards(ShardWorker):
         receipts = []
         for job in jobs:
             frame = frames[job.name]
-            checksum = write_part(frame, job.annotations, shard, tables.annotations(job.n_classes), job.key)
-            receipts.append(make_receipt(job.name, shard, len(frame), checksum, seconds))
+            written = write_part(frame, job.annotations, shard, tables.annotations(job.n_classes), job.key)
+            receipts.append(make_receipt(job.name, shard, len(frame), written, job.key, seconds))
         return receipts
 
     def _load(self, jobs: Sequence[AnnotateJob]) -> None:

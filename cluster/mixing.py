@@ -12,7 +12,7 @@ from cluster.annotation import AnnotateJob, AnnotateShards
 from cluster.attempts import Standing
 from cluster.pools import ShardWorker, Step, Watch, make_receipt, run_steps
 from cluster.resources import Pool
-from cluster.shards import Receipt, finished_shards, part_path, read_plan, write_part
+from cluster.shards import Receipt, Written, finished_shards, part_path, read_plan, write_part
 from csm import storage, tables
 from csm.generators import Generator, load_generator
 from csm.generators.acceleration import accelerate
@@ -63,15 +63,17 @@ class MixShards(ShardWorker):
             return []
         plan = read_plan(job.plan, shard)
         if finished_shards(job.mixed, job.key, {shard: len(plan)}):  # by a worker that died later, in the same block of shards
-            return [make_receipt("mixed", shard, len(plan), storage.file_digest(part_path(job.mixed, shard)), 0.0)]
+            path = part_path(job.mixed, shard)
+            written = Written(storage.file_digest(path), path.stat().st_size)
+            return [make_receipt("mixed", shard, len(plan), written, job.key, 0.0)]
         with self._turn:
             started = time.monotonic()
             finish = start_mixing(plan, self.generator, job.shape, job.sampler, job.batch_size, job.operator)
         frame = finish()
         done = time.monotonic()
         seconds, self._free = max(0.0, done - max(started, self._free)), done
-        checksum = write_part(frame, job.mixed, shard, tables.MIXED, job.key)
-        return [make_receipt("mixed", shard, len(frame), checksum, seconds)]
+        written = write_part(frame, job.mixed, shard, tables.MIXED, job.key)
+        return [make_receipt("mixed", shard, len(frame), written, job.key, seconds)]
 
 
 def process_shards(

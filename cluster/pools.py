@@ -17,7 +17,7 @@ import torch
 from cluster.attempts import Poison, PoisonError, Standing, Worker, start_attempts
 from cluster.resources import Pool, pool_sizes
 from cluster.session import share
-from cluster.shards import Receipt
+from cluster.shards import Receipt, Written
 from cluster.sharing import ahead, await_turn
 from cluster.standing import watching
 
@@ -29,6 +29,8 @@ _RECEIPT = pa.struct(
         ("checksum", pa.string()),
         ("seconds", pa.float64()),
         ("node", pa.string()),
+        ("bytes", pa.int64()),
+        ("key", pa.string()),
     ]
 )
 _SCHEMA = pa.schema([("shard", pa.int64()), ("receipts", pa.list_(_RECEIPT)), ("failure", pa.binary())])
@@ -207,9 +209,9 @@ def block_lengths(shards: int, actors: int) -> list[int]:
     return lengths
 
 
-def make_receipt(part: str, shard: int, rows: int, checksum: str, seconds: float) -> dict[str, Any]:
-    """The fields of a ``Receipt`` of this actor."""
-    receipt = Receipt(part, shard, rows, checksum, round(seconds, 4), _node())
+def make_receipt(part: str, shard: int, rows: int, written: Written, key: str, seconds: float) -> dict[str, Any]:
+    """The fields of a ``Receipt`` of this actor for what was ``written`` under ``key``."""
+    receipt = Receipt(part, shard, rows, written.checksum, round(seconds, 4), _node(), written.bytes, key)
     return dict(receipt.__dict__)
 
 

@@ -1,7 +1,10 @@
 """Shards, exactly once: part files that belong to one plan, and receipts for them."""
 
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 
@@ -9,6 +12,14 @@ from csm import storage, tables
 from csm.locations import local
 
 KEY, ROWS = "csm.key", "csm.rows"
+READERS = 32  # of footers at once, which is waiting for storage more than work
+
+
+class Written(NamedTuple):
+    """A part file as it was written."""
+
+    checksum: str
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -16,7 +27,7 @@ class Receipt:
     """What the driver learns of a finished part file; the images stay where they are.
 
     ``part`` is "mixed" or the annotator's name, ``seconds`` how long the worker that made it was busy with it (writing, which goes on
-    beside the next shard, is not counted for images), ``node`` where that was.
+    beside the next shard, is not counted for images), ``node`` where that was; ``bytes`` and ``key`` are of the file.
     """
 
     part: str
@@ -25,6 +36,8 @@ class Receipt:
     checksum: str
     seconds: float
     node: str
+    bytes: int
+    key: str
 
 
 def part_path(directory: Path, shard: int) -> Path:
@@ -32,27 +45,32 @@ def part_path(directory: Path, shard: int) -> Path:
     return directory / f"part-{shard:08d}.parquet"
 
 
-def write_part(frame: pl.DataFrame, directory: Path, shard: int, schema: tables.Schema, key: str) -> str:
-    """Write the part file of ``shard`` atomically, marked with ``key``, and return its checksum."""
+def write_part(frame: pl.DataFrame, directory: Path, shard: int, schema: tables.Schema, key: str) -> Written:
+    """Write the part file of ``shard`` atomically, marked with ``key``."""
     path = part_path(directory, shard)
-    tables.write(frame, path, schema, {KEY: key, ROWS: str(len(frame))})
-    return storage.file_digest(path)
+    tables.check(frame, schema, str(path))
+    with storage.replacing(path) as temporary:  # read here: on a store it would have to be fetched
+        tables.write_file(frame, temporary, {KEY: key, ROWS: str(len(frame))})
+        return Written(storage.file_digest(temporary), temporary.stat().st_size)
 
 
-def finished_shards(directory: Path, key: str, rows: dict[int, int]) -> set[int]:
-    """Shards of the plan that have a whole part file made under ``key`` with the planned number of rows.
+def finished_shards(directory: Path, key: str, rows: Mapping[int, int]) -> set[int]:
+    """Shards of the plan that have a whole part file made under ``key`` with the planned number of rows, by their footers.
 
     Args:
         directory: of the part files.
         key: fingerprint of everything the part's content depends on.
         rows: shard -> planned rows.
     """
-    finished = set()
-    for shard, count in rows.items():
+
+    def is_finished(shard: int) -> bool:
         footer = tables.metadata(part_path(directory, shard))
-        if footer is not None and footer.get(KEY) == key and footer.get(ROWS) == str(count):
-            finished.add(shard)
-    return finished
+        return footer is not None and footer.get(KEY) == key and footer.get(ROWS) == str(rows[shard])
+
+    if len(rows) == 1:
+        return set(filter(is_finished, rows))
+    with ThreadPoolExecutor(READERS) as readers:
+        return {shard for shard, finished in zip(rows, readers.map(is_finished, rows), strict=True) if finished}
 
 
 def plan_shards(plan: Path) -> dict[int, int]:

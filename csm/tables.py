@@ -171,7 +171,12 @@ def write(frame: pl.DataFrame, path: Path, schema: Schema, metadata: dict[str, s
     """Check ``frame`` and write it to ``path`` atomically, with ``metadata`` in the file's footer."""
     check(frame, schema, str(path))
     with replacing(path) as temporary:
-        frame.write_parquet(temporary, compression="zstd", metadata=metadata, row_group_size=ROW_GROUP)
+        write_file(frame, temporary, metadata)
+
+
+def write_file(frame: pl.DataFrame, file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write ``frame``, which was checked, to a file of this machine that nobody reads yet."""
+    frame.write_parquet(file, compression="zstd", metadata=metadata, row_group_size=ROW_GROUP)
 
 
 @contextmanager

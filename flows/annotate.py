@@ -1,20 +1,20 @@
 """annotate: every mixed image gets its confidence, by every annotator that is run."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 from cluster.annotation import AnnotateJob
+from cluster.ledger import finished_parts, part_bytes, read_receipts
 from cluster.mixing import process_shards
-from cluster.shards import finished_shards, part_path, plan_shards
+from cluster.shards import plan_shards
 from csm import storage
 from csm.datasets import RealDataset
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.features import device, encoder_spec
 from flows.fit_annotators import annotator_spec, annotators, calibration_of, fit_fingerprint
-from flows.mix import process, remove_other_parts
+from flows.mix import missing_part, process, remove_other_parts
 from flows.stages import Context, Made, Stage
 
 
@@ -22,22 +22,25 @@ def _run(context: Context, record: StageRecord) -> Made:
     workspace, resources = context.workspace, context.config.resources
     rows = plan_shards(workspace.plan)
     jobs = annotate_jobs(context, record.inputs["mix"], frozenset(rows))
-    for job in jobs:
-        remove_other_parts(job.annotations, rows)
     total = sum(rows.values()) * len(jobs)
     todo = [job for job in jobs if job.shards]
     if todo:
         work = partial(process_shards, None, todo, resources.mix, resources.annotate)
         done = total - sum(rows[shard] for job in todo for shard in job.shards)
-        process(context, record, work, {job.name for job in todo}, "annotations", total, done)
+        process(
+            context, record, work, {job.name: job.key for job in todo}, {job.name for job in todo}, "annotations", total, done
+        )
     return Made(total, storage.digest({job.name: annotated(workspace, job.name) for job in jobs}))
 
 
 def annotate_jobs(context: Context, mixed: str, shards: frozenset[int]) -> list[AnnotateJob]:
-    """One job for each annotator: those of ``shards`` that it has not annotated since they were mixed under fingerprint ``mixed``."""
+    """One job for each annotator: those of ``shards`` that it has not annotated since they were mixed under fingerprint ``mixed``.
+
+    Part files of shards that the plan does not have are removed.
+    """
     workspace, config = context.workspace, context.config
     info = RealDataset.load_info(workspace.root)
-    rows = plan_shards(workspace.plan)
+    rows, receipts = plan_shards(workspace.plan), read_receipts(workspace.root)
     jobs = []
     for name in annotators(workspace, config):
         spec = annotator_spec(workspace, config, name)
@@ -54,7 +57,9 @@ def annotate_jobs(context: Context, mixed: str, shards: frozenset[int]) -> list[
             shards=shards,
             device=device(config),
         )
-        jobs.append(replace(job, shards=shards - finished_shards(job.annotations, job.key, rows)))
+        files = part_bytes(job.annotations)
+        remove_other_parts(job.annotations, files, rows)
+        jobs.append(replace(job, shards=shards - finished_parts(receipts, files, name, job.annotations, job.key, rows)))
     return jobs
 
 
@@ -69,9 +74,15 @@ def _key(workspace: Workspace, name: str, mixed: str) -> str:
     return storage.digest(mixed, fit_fingerprint(workspace, name))
 
 
-def _outputs(workspace: Workspace, config: Config) -> list[Any]:
-    shards: Sequence[int] = list(plan_shards(workspace.plan)) if workspace.plan.is_file() else []
-    return [part_path(workspace.annotations(name), shard) for name in annotators(workspace, config) for shard in shards]
+def _outputs(workspace: Workspace, config: Config) -> list[Path]:
+    return [workspace.annotations(name) for name in annotators(workspace, config)]
+
+
+def _missing(context: Context, record: StageRecord) -> Path | None:
+    workspace, mixed = context.workspace, record.inputs["mix"]
+    names = annotators(workspace, context.config)
+    missing = (missing_part(workspace, name, workspace.annotations(name), _key(workspace, name, mixed)) for name in names)
+    return next((path for path in missing if path), None)
 
 
 STAGE = Stage(
@@ -81,6 +92,7 @@ STAGE = Stage(
     inputs=("prepare", "plan", "mix", "fit-annotators"),
     settings=lambda config: {"annotators": list(config.annotators)},
     outputs=_outputs,
+    missing=_missing,
     run=_run,
     incremental=True,
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cluster.annotation import EncodeJob, EncoderSpec, encode_shards, read_slice, real_slices
-from cluster.shards import finished_shards
+from cluster.ledger import finished_parts, part_bytes, read_receipts
 from csm import storage, tables
 from csm.datasets import RealDataset
 from csm.encoders import ENCODERS, Sources
@@ -78,20 +78,21 @@ def _encode_together(context: Context, record: StageRecord, names: Sequence[str]
     workspace, config = context.workspace, context.config
     real, slices = workspace.real.absolute(), real_slices(workspace.real)
     shape = RealDataset.load_info(workspace.root).shape
-    jobs, done = [], 0
+    receipts, jobs, done = read_receipts(workspace.root), list[EncodeJob](), 0
     for name in names:
         spec, key, directory = encoder_spec(workspace, config, name), encoder_key(context, record, name), workspace.encoder(name)
         _fit_encoder(spec, key, partial(_training_images, real, slices, shape))
-        remove_other_parts(directory, slices)
-        finished = finished_shards(directory, key, slices)
+        files = part_bytes(directory)
+        remove_other_parts(directory, files, slices)
+        finished = finished_parts(receipts, files, f"encoders/{name}", directory, key, slices)
         done += sum(slices[number] for number in finished)
         todo = frozenset(slices) - finished
         jobs.append(EncodeJob(spec, real, directory.absolute(), key, shape, todo, device(config)))
     todo_jobs = [job for job in jobs if job.shards]
     if todo_jobs:
         work = partial(encode_shards, todo_jobs, config.resources.annotate)
-        parts = {f"encoders/{name}" for name in names}
-        process(context, record, work, parts, "features", sum(slices.values()) * len(jobs), done)
+        keys = {f"encoders/{job.encoder.name}": job.key for job in todo_jobs}
+        process(context, record, work, keys, set(keys), "features", sum(slices.values()) * len(jobs), done)
 
 
 def _fit_encoder(spec: EncoderSpec, key: str, batches: Callable[[], Iterator[torch.Tensor]]) -> None:

@@ -1,27 +1,23 @@
 """mix: plan -> mixed images, over Ray Data; annotation follows on its heels when the annotators are fitted."""
 
-import json
-import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 from cluster.attempts import Standing
+from cluster.ledger import finished_parts, open_ledger, part_bytes, read_receipts, spent
 from cluster.mixing import MixJob, process_shards
-from cluster.shards import Receipt, finished_shards, part_path, plan_shards
+from cluster.shards import Receipt, part_path, plan_shards
 from csm.datasets import RealDataset
 from csm.generators import load_generator
 from csm.generators.conditioning import check_spherical
 from csm.mixing import evaluations_per_image
 from csm.planning import ratio_grid
 from flows.artifacts import StageRecord, Workspace
-from flows.config import Config
 from flows.progress import task
 from flows.stages import Context, Losses, Made, Stage, stale
 
-RECEIPTS = "receipts.jsonl"
 TRACKED_SECONDS = 10.0  # between two points in MLflow
 
 
@@ -30,8 +26,9 @@ def _run(context: Context, record: StageRecord) -> Made:
 
     workspace, config = context.workspace, context.config
     rows = plan_shards(workspace.plan)
-    done = finished_shards(workspace.mixed, record.fingerprint, rows)
-    remove_other_parts(workspace.mixed, rows)
+    receipts, files = read_receipts(workspace.root), part_bytes(workspace.mixed)
+    done = finished_parts(receipts, files, "mixed", workspace.mixed, record.fingerprint, rows)
+    remove_other_parts(workspace.mixed, files, rows)
     todo = frozenset(rows) - done
     job = MixJob(
         plan=workspace.plan.absolute(),
@@ -49,9 +46,12 @@ def _run(context: Context, record: StageRecord) -> Made:
     )
     followers = annotate_jobs(context, record.fingerprint, todo) if stale(context, "fit-annotators") is None else []
     if todo:
-        before = spent(workspace.root / RECEIPTS, "mixed", done)
+        before, keys = (
+            spent(receipts, "mixed", done),
+            {"mixed": job.key, **{follower.name: follower.key for follower in followers}},
+        )
         work = partial(process_shards, job, followers, config.resources.mix, config.resources.annotate)
-        process(context, record, work, {"mixed"}, "images", sum(rows.values()), sum(rows[shard] for shard in done), before)
+        process(context, record, work, keys, {"mixed"}, "images", sum(rows.values()), sum(rows[shard] for shard in done), before)
     per_image = evaluations_per_image(config.mix.sampler, config.mix.operator, ratio_grid(config.plan).tolist())
     context.tracker.log_metrics(f"stage {record.name} {record.fingerprint}", {"evaluations_per_image": per_image})
     return Made(sum(rows.values()), record.fingerprint)
@@ -61,13 +61,14 @@ def process(
     context: Context,
     record: StageRecord,
     work: Callable[[Callable[[Receipt], None], Callable[[Standing], None]], None],
+    keys: Mapping[str, str],
     parts: Collection[str],
     unit: str,
     total: int,
     done: int,
     seconds: float = 0.0,
 ) -> None:
-    """Do ``work`` over Ray, and keep each receipt in ``receipts.jsonl`` as it comes.
+    """Do ``work``, which makes the parts of ``keys``, each under its key, over Ray, and keep each receipt in the ledger as it comes.
 
     It calls the functions that it is given: the first with every receipt, the other now and then with what the workers are at.
 
@@ -77,7 +78,7 @@ def process(
     """
     context.connect()
     tracker, logged, before = context.tracker, 0.0, context.losses.get(record.name, Losses())
-    with task(record.name, total, done) as progress, _open_log(context.workspace.root / RECEIPTS) as log:
+    with task(record.name, total, done) as progress, open_ledger(context.workspace.root, keys) as note:
 
         def report() -> None:
             values = {unit: float(progress.done), f"{unit}_per_s": progress.rate, "device_seconds": seconds}
@@ -85,8 +86,7 @@ def process(
 
         def on_receipt(receipt: Receipt) -> None:
             nonlocal seconds, logged
-            log.write(json.dumps(asdict(receipt)) + "\n")
-            log.flush()
+            note(receipt)
             if receipt.part not in parts:
                 return
             seconds += receipt.seconds
@@ -114,31 +114,10 @@ def trouble(standing: Standing) -> str:
     return f"slowest: shard {shard} on {host}, {seconds:.0f} s"
 
 
-def _open_log(path: Path) -> TextIO:
-    """The receipts, to append to. Half a line, as a kill or a full disk leaves it, is cut off."""
-    if path.is_file():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    return path.open("a", encoding="utf-8")
-
-
-def spent(log: Path, part: str, shards: Collection[int]) -> float:
-    """Device-seconds of the last receipt in ``log`` for each of ``shards`` of ``part``."""
-    seconds: dict[int, float] = {}
-    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.is_file() else []  # the last one is empty or cut short
-    for line in lines:
-        receipt = Receipt(**json.loads(line))
-        if receipt.part == part and receipt.shard in shards:
-            seconds[receipt.shard] = receipt.seconds
-    return sum(seconds.values())
-
-
-def remove_other_parts(directory: Path, rows: dict[int, int]) -> None:
-    """Remove part files of shards that the plan does not have, so that a reader may take every file of the folder."""
-    if directory.is_dir():
-        wanted = {part_path(directory, shard).name for shard in rows}
-        for path in directory.glob("part-*.parquet"):
-            if path.name not in wanted:
-                path.unlink()
+def remove_other_parts(directory: Path, files: Collection[str], rows: Collection[int]) -> None:
+    """Remove those of the part files ``files`` whose shards the plan does not have, so that a reader may take every file of the folder."""
+    for name in set(files) - {part_path(directory, shard).name for shard in rows}:
+        (directory / name).unlink(missing_ok=True)
 
 
 def _check(context: Context) -> None:
@@ -147,8 +126,11 @@ def _check(context: Context) -> None:
         check_spherical(load_generator(context.workspace.generator))
 
 
-def _outputs(workspace: Workspace, config: Config) -> list[Path]:
-    return [part_path(workspace.mixed, shard) for shard in plan_shards(workspace.plan)] if workspace.plan.is_file() else []
+def missing_part(workspace: Workspace, part: str, directory: Path, key: str) -> Path | None:
+    """The first part file that the plan asks for and that is not there as it should be; None if all are."""
+    rows = plan_shards(workspace.plan)
+    done = finished_parts(read_receipts(workspace.root), part_bytes(directory), part, directory, key, rows)
+    return next((part_path(directory, shard) for shard in rows if shard not in done), None)
 
 
 STAGE = Stage(
@@ -156,7 +138,8 @@ STAGE = Stage(
     code_version=2,
     inputs=("prepare", "generator", "plan"),
     settings=lambda config: {"mix": asdict(config.mix)},
-    outputs=_outputs,
+    outputs=lambda workspace, config: [workspace.mixed],
+    missing=lambda context, record: missing_part(context.workspace, "mixed", context.workspace.mixed, record.fingerprint),
     check=_check,
     run=_run,
     costly=True,

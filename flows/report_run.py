@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
+from cluster.ledger import read_receipts, spent
 from cluster.shards import plan_shards
 from csm import __version__, storage
 from csm.calibrated import CalibratedSpec
 from flows.artifacts import Workspace
 from flows.config import Config
 from flows.fit_annotators import annotators
-from flows.mix import RECEIPTS, spent
 
 PACKAGES = ("torch", "ray", "mlflow", "diffusers", "polars", "numpy")
 
@@ -62,9 +62,9 @@ def device_seconds(workspace: Workspace, config: Config, training: Mapping[str, 
     """Stage -> seconds that its workers were busy, times their devices; ``training``: of one classifier of each method."""
     found = {"train": config.train.seeds * sum(training.values())}
     if config.mixes and workspace.plan.is_file():
-        log, shards = workspace.root / RECEIPTS, plan_shards(workspace.plan)
-        found["mix"] = spent(log, "mixed", shards)
-        found["annotate"] = sum(spent(log, name, shards) for name in annotators(workspace, config))
+        receipts, shards = read_receipts(workspace.root), plan_shards(workspace.plan)
+        found["mix"] = spent(receipts, "mixed", shards)
+        found["annotate"] = sum(spent(receipts, name, shards) for name in annotators(workspace, config))
     return {stage: seconds for stage, seconds in found.items() if seconds > 0}
 
 

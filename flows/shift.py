@@ -67,7 +67,7 @@ def _make(workspace: Workspace, name: str, shift: ShiftConfig, data: RealDataset
     try:
         for part in shift_parts(shift, data):
             frame = part_frame(part)
-            checksums.append(write_part(frame, directory, len(checksums), tables.SHIFT, key))
+            checksums.append(write_part(frame, directory, len(checksums), tables.SHIFT, key).checksum)
             rows += len(frame)
     except (InputError, ValueError) as error:  # ValueError: a value that a source does not take
         raise InputError(f"evaluate.shifts.{name}: {error}") from None

@@ -50,7 +50,9 @@ class Stage:
         inputs: names of the stages whose results it reads.
         more_inputs: those that it reads under some configurations only.
         settings: the part of the configuration that its result depends on.
-        outputs: what it writes; all of it exists when the stage is done.
+        outputs: files and folders that it writes; all of it exists when the stage is done.
+        missing: the first file of its result, made under a record, that is not there as it was made; None if all are. Default: looks
+            at ``outputs``. Asked once a command.
         check: look at what the user gave before anything is written or removed; raises ``InputError``.
         run: do the work; called with the stage's record and again after an interruption.
         costly: what it made is never replaced without --force.
@@ -65,6 +67,7 @@ class Stage:
     settings: Callable[[Config], dict[str, Any]]
     outputs: Callable[[Workspace, Config], list[Path]]
     run: Callable[["Context", StageRecord], Made]
+    missing: Callable[["Context", StageRecord], Path | None] | None = None
     check: Callable[["Context"], object] = lambda context: None
     costly: bool = False
     incremental: bool = False
@@ -92,6 +95,7 @@ class Context:
     key: str = ""
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
     losses: dict[str, Losses] = field(default_factory=dict)
+    _whole: set[tuple[str, str, str]] = field(default_factory=set)  # results that were looked at, file by file, and are there
     _resources: ExitStack = field(default_factory=ExitStack)
     _tracker: Tracker | None = None
     _sender: Tracker | None = None  # the same, before the parent run is open
@@ -207,8 +211,9 @@ def run_stage(context: Context, name: str) -> None:
     outputs = stage.outputs(workspace, context.config)
     stage.check(context)
     if record is not None and (forced or record.fingerprint != wanted.fingerprint):
-        if stage.costly and not forced and any(path.exists() for path in outputs):
+        if stage.costly and not forced and any(_holds(path) for path in outputs):
             raise _replaces(context, name, _changes(record, wanted))
+        context._whole -= {looked_at for looked_at in context._whole if looked_at[1] == name}
         if forced or not stage.incremental:
             workspace.drop(name, outputs)
         record = None
@@ -263,8 +268,17 @@ def stale(context: Context, name: str) -> str | None:
         return f"was run with other settings ({_changes(record, wanted)})"
     if not record.done:
         return "was interrupted"
-    missing = [path for path in stage.outputs(context.workspace, context.config) if not _is_whole(path)]
-    return f"{'has a damaged' if missing[0].exists() else 'lacks'} {missing[0]}" if missing else None
+    looked_at = (str(context.workspace.root), name, record.fingerprint)
+    if looked_at in context._whole:
+        return None
+    if stage.missing:
+        missing = stage.missing(context, record)
+    else:
+        missing = next((path for path in stage.outputs(context.workspace, context.config) if not _is_whole(path)), None)
+    if missing is None:
+        context._whole.add(looked_at)
+        return None
+    return f"{'has a damaged' if missing.exists() else 'lacks'} {missing}"
 
 
 def refuse_replacing(context: Context, names: Sequence[str]) -> None:
@@ -277,7 +291,7 @@ def refuse_replacing(context: Context, names: Sequence[str]) -> None:
         if not stage.costly or name in context.forced or record is None:
             continue
         changed = [change for source in _sources(context, name) for change in _own_changes(context, source)]
-        if changed and any(path.exists() for path in stage.outputs(context.workspace, context.config)):
+        if changed and any(_holds(path) for path in stage.outputs(context.workspace, context.config)):
             raise _replaces(context, name, _some(changed))
 
 
@@ -306,6 +320,11 @@ def _replaces(context: Context, name: str, changed: str) -> InputError:
 def _is_whole(path: Path) -> bool:
     """Whether ``path`` exists and, if it is a table, was not cut short."""
     return path.exists() if path.suffix != ".parquet" else tables.metadata(path) is not None
+
+
+def _holds(path: Path) -> bool:
+    """Whether ``path`` is a file, or a folder that is not empty."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def plain_settings(config: Config) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ray import cloudpickle
 from cluster.attempts import PoisonError
 from cluster.pools import IN_FLIGHT, ShardWorker, Step, block_lengths, make_receipt, run_steps
 from cluster.resources import Pool
+from cluster.shards import Written
 from csm.errors import InputError
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -32,12 +33,12 @@ class Deadly(ShardWorker):
         time.sleep(self.seconds)
         if shard in self.fatal or (shard in self.frail and tries == 0):
             os._exit(1)
-        return [make_receipt("made", shard, 1, "", 0.0)]
+        return [make_receipt("made", shard, 1, Written("", 0), "", 0.0)]
 
 
 class Follower(ShardWorker):
     def work(self, shard):
-        return [make_receipt("followed", shard, 1, "", 0.0)]
+        return [make_receipt("followed", shard, 1, Written("", 0), "", 0.0)]
 
 
 def attempts_in(folder):
