@@ -15,6 +15,7 @@ from flows.bench import bench
 from flows.model_commands import calibrate, check, predict
 from flows.options import (
     CONFIG_OPTIONS,
+    ESTIMATE_OPTIONS,
     OUTPUT_OPTIONS,
     SHARED_OPTIONS,
     TRACKING_OPTIONS,
@@ -139,7 +140,21 @@ def import_generator(path: str | None, overrides: tuple[str, ...], **options: An
     _run_verb("import-generator", overrides=overrides, **options)
 
 
-_add_verb("plan", "Write down every image to mix: pair of classes, ratio, noise.")
+@cli.command(help="Write down every image to mix: pair of classes, ratio, noise. --estimate: what all stages will cost.")
+@with_options((*SHARED_OPTIONS, *ESTIMATE_OPTIONS))
+def plan(
+    estimate: bool, rates: tuple[str, ...], prices: tuple[str, ...], devices: int | None, measure: float | None, **options: Any
+) -> None:
+    if estimate:
+        from flows.estimate_command import run_estimate
+
+        run_estimate(rates, prices, devices, 5.0 if measure is None else measure, **options)
+        return
+    if rates or prices or devices is not None or measure is not None:
+        raise click.UsageError("--rate, --price, --devices and --measure belong to --estimate")
+    _run_verb("plan", **options)
+
+
 _add_verb("mix", "Make the mixed images of the plan, over Ray.")
 _add_verb("annotate", "Fit the annotators and give every mixed image its confidence, over Ray.")
 _add_verb("train", "Train a classifier for every method and seed, over Ray.")
