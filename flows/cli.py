@@ -42,15 +42,18 @@ class _Commands(click.Group):
             raise SystemExit(130) from None
         except Exception as error:
             if debug:
-                traceback.print_exc()
+                from flows.secrets import masked
+
+                click.echo(masked(traceback.format_exc()), err=True, nl=False)
             raise SystemExit(_explain(error)) from None
 
 
 def _explain(error: Exception) -> int:
     """Print ``error`` as one line and return the exit code: 2 for what the user gave, 1 for a failure."""
     from csm.errors import InputError
+    from flows.secrets import masked
 
-    line = " ".join(str(error).split()) or type(error).__name__
+    line = masked(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, InputError) or getattr(
         error, "is_input", False
     ):  # of many trainings, see cluster.training.TrainingError
@@ -112,7 +115,8 @@ def _resolve(
     """The checked configuration, and what a verb is called with beside it; ``more``: what --force takes beside stages."""
     from csm.errors import InputError
     from flows.config import load_config
-    from flows.tracking_address import Address, masked
+    from flows.secrets import command_line
+    from flows.tracking_address import Address
 
     resolved = load_config(config, overrides)  # before the rest is imported: a wrong name is told sooner
     tracking = Address(tracking_uri, experiment)
@@ -121,8 +125,7 @@ def _resolve(
     for stage in forced:
         if stage not in (*more, *STAGES):
             raise InputError(f"--force {stage}: unknown stage; one of {', '.join((*more, *STAGES))}")
-    line = masked(" ".join(["csm", *sys.argv[1:]]))
-    return resolved, {"address": address, "command": line, "forced": forced, "tracking": tracking}
+    return resolved, {"address": address, "command": command_line(address), "forced": forced, "tracking": tracking}
 
 
 _add_verb("prepare", "Read the data set into the workspace: splits, statistics, one table.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from csm.datasets import DatasetInfo
-from flows.tracking_address import masked
+from flows.secrets import masked
 
 TRAINING = "training"
 
