@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from cluster.rates import in_threads, on_worker
-from cluster.shards import Receipt
 from csm import storage
 from csm.classifiers import ClassifierSpec
 from csm.datasets import DatasetInfo, RealDataset
@@ -195,17 +194,16 @@ def _one_after_the_other(workspace: Workspace, parts: list[str]) -> Recorded:
 
 def _receipts(workspace: Workspace) -> dict[str, tuple[int, float]]:
     """Part -> rows and seconds by the last receipt of each of its shards; those that say nothing of the time are left out."""
-    last: dict[tuple[str, int], Receipt] = {}
+    last: dict[tuple[str, int], dict[str, Any]] = {}
     log = workspace.root / RECEIPTS
     lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.is_file() else []  # the last one is empty or cut short
-    for line in lines:
-        receipt = Receipt(**json.loads(line))
-        if receipt.seconds > 0:
-            last[receipt.part, receipt.shard] = receipt
+    for receipt in map(json.loads, lines):
+        if receipt["seconds"] > 0:
+            last[receipt["part"], receipt["shard"]] = receipt
     found: dict[str, tuple[int, float]] = {}
     for (part, _), receipt in last.items():
         rows, seconds = found.get(part, (0, 0.0))
-        found[part] = rows + receipt.rows, seconds + receipt.seconds
+        found[part] = rows + receipt["rows"], seconds + receipt["seconds"]
     return found
 
 
