@@ -178,3 +178,11 @@ def test_commands_leave_none_behind_and_tell_ray_none(
         assert "--estimate" in jobs, "Ray keeps command lines"
         assert SECRET not in jobs
         assert SECRET not in ray.get_runtime_context().get_runtime_env_string()
+
+
+def test_no_source_sends_variables_of_the_environment_in_a_runtime_environment() -> None:
+    """Ray keeps runtime environments in its list of jobs; whoever needs a secret has it where it runs."""
+    root = Path(__file__).parents[2]
+    sources = [path for folder in ("cluster", "csm", "flows") for path in (root / folder).rglob("*.py")]
+    assert len(sources) > 200
+    assert [str(path) for path in sources if "env_vars" in path.read_text(encoding="utf-8")] == []
