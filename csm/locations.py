@@ -44,6 +44,12 @@ def location(text: str | Path) -> Path:
         return Path(text) if isinstance(text, str) else text
     if scheme in ("file", "local"):
         return Path(rest)
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    if at and ":" in user:
+        raise InputError(
+            f"{scheme}://***@{rest.rpartition('@')[2]}: a password in an address is kept wherever the address is; give it to fsspec "
+            "by the environment (AWS_SECRET_ACCESS_KEY, FSSPEC_SFTP_PASSWORD) instead"
+        )
     try:
         path = UPath(str(text), **_OPTIONS.get(scheme, {"use_listings_cache": False}))
         _ = path.fs  # makes it: a package that is missing is said now

@@ -15,6 +15,7 @@ from flows.bench import bench
 from flows.model_commands import calibrate, check, predict
 from flows.options import (
     CONFIG_OPTIONS,
+    ESTIMATE_OPTIONS,
     OUTPUT_OPTIONS,
     SHARED_OPTIONS,
     TRACKING_OPTIONS,
@@ -41,15 +42,18 @@ class _Commands(click.Group):
             raise SystemExit(130) from None
         except Exception as error:
             if debug:
-                traceback.print_exc()
+                from flows.secrets import masked
+
+                click.echo(masked(traceback.format_exc()), err=True, nl=False)
             raise SystemExit(_explain(error)) from None
 
 
 def _explain(error: Exception) -> int:
     """Print ``error`` as one line and return the exit code: 2 for what the user gave, 1 for a failure."""
     from csm.errors import InputError
+    from flows.secrets import masked
 
-    line = " ".join(str(error).split()) or type(error).__name__
+    line = masked(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, InputError) or getattr(
         error, "is_input", False
     ):  # of many trainings, see cluster.training.TrainingError
@@ -111,7 +115,8 @@ def _resolve(
     """The checked configuration, and what a verb is called with beside it; ``more``: what --force takes beside stages."""
     from csm.errors import InputError
     from flows.config import load_config
-    from flows.tracking_address import Address, masked
+    from flows.secrets import command_line
+    from flows.tracking_address import Address
 
     resolved = load_config(config, overrides)  # before the rest is imported: a wrong name is told sooner
     tracking = Address(tracking_uri, experiment)
@@ -120,8 +125,7 @@ def _resolve(
     for stage in forced:
         if stage not in (*more, *STAGES):
             raise InputError(f"--force {stage}: unknown stage; one of {', '.join((*more, *STAGES))}")
-    line = masked(" ".join(["csm", *sys.argv[1:]]))
-    return resolved, {"address": address, "command": line, "forced": forced, "tracking": tracking}
+    return resolved, {"address": address, "command": command_line(address), "forced": forced, "tracking": tracking}
 
 
 _add_verb("prepare", "Read the data set into the workspace: splits, statistics, one table.")
@@ -139,7 +143,21 @@ def import_generator(path: str | None, overrides: tuple[str, ...], **options: An
     _run_verb("import-generator", overrides=overrides, **options)
 
 
-_add_verb("plan", "Write down every image to mix: pair of classes, ratio, noise.")
+@cli.command(help="Write down every image to mix: pair of classes, ratio, noise. --estimate: what all stages will cost.")
+@with_options((*SHARED_OPTIONS, *ESTIMATE_OPTIONS))
+def plan(
+    estimate: bool, rates: tuple[str, ...], prices: tuple[str, ...], devices: int | None, measure: float | None, **options: Any
+) -> None:
+    if estimate:
+        from flows.estimate_command import run_estimate
+
+        run_estimate(rates, prices, devices, 5.0 if measure is None else measure, **options)
+        return
+    if rates or prices or devices is not None or measure is not None:
+        raise click.UsageError("--rate, --price, --devices and --measure belong to --estimate")
+    _run_verb("plan", **options)
+
+
 _add_verb("mix", "Make the mixed images of the plan, over Ray.")
 _add_verb("annotate", "Fit the annotators and give every mixed image its confidence, over Ray.")
 _add_verb("train", "Train a classifier for every method and seed, over Ray.")

@@ -28,6 +28,7 @@ from csm.sampling import SamplerConfig
 from csm.search.sections import merge_spaces
 from flows.annotators import AnnotateConfig, check_annotators, check_asked, check_folder_name
 from flows.methods import TrainConfig, check_teacher, check_train
+from flows.secrets import has_secret, masked
 from flows.sweeps import TuneConfig, check_tune
 
 STRICT = ConfigDict(extra="forbid")
@@ -152,6 +153,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     values = _merge(_without_space(_read_bundled("default"), given), given)
     for override in overrides:
         values = _merge(values, _parse_override(override))
+    _refuse_secrets(values, "")
     config = _validate(_without_null(values))
     # Of a sweep that stands in a file, only csm tune asks whether it fits the other settings: it must not stand in their way.
     if any(override.startswith("tune") for override in overrides):
@@ -261,6 +263,18 @@ def _without_defaults(default: Mapping[str, Any], values: Mapping[str, Any]) -> 
 
 def _other_source(key: str, below: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
     return key == "data" and "source" in value and value["source"] != below.get("source")
+
+
+def _refuse_secrets(value: Any, key: str) -> None:
+    """``InputError`` if a text below ``key`` holds a password or token: all settings are kept in the workspace and in MLflow."""
+    if isinstance(value, Mapping):
+        for name, below in value.items():
+            _refuse_secrets(below, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _refuse_secrets(item, key)
+    elif isinstance(value, str) and has_secret(value):
+        raise InputError(f"{key}: holds a password or token ({masked(value)}), and settings are kept in the clear: leave it out")
 
 
 def _validate(values: dict[str, Any]) -> Config:

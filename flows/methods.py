@@ -14,7 +14,7 @@ from csm.optimization import OptimizerConfig
 from csm.parameters import check_name, check_parameters
 from csm.pixel_mixing import build_pixel_mixing
 from csm.schedules import SCHEDULES
-from flows.annotators import AnnotateConfig, check_asked
+from flows.annotators import AnnotateConfig, check_asked, check_folder_name
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -124,6 +124,7 @@ def _check_epochs(train: TrainConfig) -> None:
 
 def _check_method(train: TrainConfig, name: str, method: Method, annotate: AnnotateConfig) -> None:
     where = f"train.methods.{name}"
+    check_folder_name(where, name)  # of its classifiers
     build_loss(HARD, method.loss, dict(method.parameters), where + (".parameters" if method.loss in HARD else ".loss"))
     if method.mixing:
         build_pixel_mixing(method.mixing.kind, method.mixing.parameters, f"{where}.mixing")

@@ -62,6 +62,21 @@ SHARED_OPTIONS = (
     *OUTPUT_OPTIONS,
 )
 
+ESTIMATE_OPTIONS = (
+    click.option("--estimate", is_flag=True, help="Do not plan: say what the whole configuration will cost, in device-hours and money."),
+    click.option(
+        "--rate", "rates", multiple=True, metavar="STAGE=N", help="With --estimate: images/s of one worker of STAGE; repeatable."
+    ),
+    click.option(
+        "--price", "prices", multiple=True, metavar="KIND=AMOUNT", help="With --estimate: of an hour of a gpu or a core; repeatable."
+    ),
+    click.option("--devices", type=click.IntRange(min=1), help="With --estimate: how many GPUs (and cores) work, for the hours."),
+    click.option(
+        "--measure", type=click.FloatRange(min=0), metavar="SECONDS",
+        help="With --estimate: length of a measurement; 0: none.  [default: 5]",
+    ),
+)  # fmt: skip
+
 
 def with_options(options: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator that gives a command ``options``, in their order."""

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from csm.runs import RunSpec
 from csm.search.sections import dotted
 from flows.artifacts import differences
 from flows.config import Config, plain
+from flows.secrets import masked
 from flows.sweep_specs import TrialSpecs, trial_folder
 from flows.sweeps import trial_config
 
@@ -110,7 +111,8 @@ class SweepFolder:
             yield storage.read_record(path, TrialRecord)
 
     def write_trial(self, record: TrialRecord) -> None:
-        storage.write_json(self.trial(record.number) / "trial.json", plain(asdict(record)))
+        shown = replace(record, error=masked(record.error))
+        storage.write_json(self.trial(record.number) / "trial.json", plain(asdict(shown)))
 
     def write_specs(self, record: TrialRecord, specs: Sequence[RunSpec]) -> None:
         storage.write_json(self.trial(record.number) / "specs.json", plain(asdict(TrialSpecs(record.values, tuple(specs)))))

@@ -19,6 +19,7 @@ from mlflow.utils.validation import _validate_metric_name, _validate_model_name,
 
 from csm.errors import InputError
 from flows.artifacts import Workspace
+from flows.secrets import masked
 from flows.tracking_address import OWN, Address
 from flows.tracking_inputs import origin_tags
 from flows.tracking_sender import PATIENCE, Sender
@@ -64,7 +65,7 @@ class Tracker:
         """
         if parent is not None:
             self._require(parent)
-        flat = {name_: str(value)[:PARAM_CHARACTERS] for name_, value in flatten(params).items()}
+        flat = {name_: masked(str(value))[:PARAM_CHARACTERS] for name_, value in flatten(params).items()}
         for param in flat:
             _validate_param_name(param)
         record = {"do": "open", "key": key, "name": name, "tags": {**self._origin, **_tags(tags)}, "params": flat}
@@ -218,7 +219,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _tags(tags: Mapping[str, str]) -> dict[str, str]:
     for name in tags:
         _validate_tag_name(name)
-    return {name: str(value)[:TAG_CHARACTERS] for name, value in tags.items()}
+    return {name: masked(str(value))[:TAG_CHARACTERS] for name, value in tags.items()}
 
 
 def _prepare(address: Address) -> None:

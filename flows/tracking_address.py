@@ -1,19 +1,17 @@
 """Where the runs go: the workspace's own MLflow store, or the address of another one. No secret of an address is shown or kept."""
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from csm.errors import InputError
 from csm.locations import is_remote
+from flows.secrets import masked
 
 EXPERIMENT = "csm"
 SERVERS = ("http", "https")
 DATABASES = ("postgresql", "mysql", "mssql", "sqlite")
-USER = re.compile(r"(?<=://)\S*@")
-SECRET = re.compile(r"((?:passw\w*|secret\w*|token|api_?key)=)[^&\s'\"]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,3 @@ def _check_driver(uri: str, where: str) -> None:
 
 
 OWN = Address()
-
-
-def masked(text: str) -> str:
-    """``text``, a URI or words that hold some, without user names, passwords and tokens."""
-    return SECRET.sub(r"\1***", USER.sub("***@", text))

@@ -9,7 +9,7 @@ from typing import Any
 
 from csm.datasets import DatasetInfo
 from csm.locations import is_remote
-from flows.tracking_address import masked
+from flows.secrets import masked
 
 TRAINING = "training"
 

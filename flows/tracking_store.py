@@ -19,7 +19,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from csm import storage
 from csm.errors import InputError
 from csm.locations import is_remote
-from flows.tracking_address import Address, masked
+from flows.secrets import masked
+from flows.tracking_address import Address
 from flows.tracking_spool import Record, Spool, folder_digest
 
 BATCH = 1000  # MLflow takes at most this many metrics a call

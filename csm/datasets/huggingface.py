@@ -1,7 +1,7 @@
 """Parquet files as the `datasets` library of Hugging Face writes them: images as they were encoded, and labels."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,35 @@ def open_parquet(file: Path) -> Any:
 def _batches(file: Path, table: Any, column: str) -> Iterator[tuple[int, Any]]:
     """Number of the first row, and the values of ``column`` of some rows."""
     first = 0
+    for batch in plain_batches(file, table, [column]):
+        yield first, batch.column(0)
+        first += len(batch)
+
+
+def plain_batches(file: Path, table: Any, columns: Sequence[str]) -> Iterator[Any]:
+    """``columns`` of the open ``table``, some rows at a time.
+
+    Raises:
+        InputError: the file is damaged, or a column is of an extension type: to read a value of such a type runs code of whoever
+            registered it, and Ray registers one that is unpickled.
+    """
+    for name in columns:
+        if extension := _extension(table.schema_arrow.field(name).type):
+            raise InputError(
+                f"{file}: column {name} holds values of type {extension}, which are never read: write it as plain values"
+            )
     try:
-        for batch in table.iter_batches(ROWS, columns=[column]):
-            yield first, batch.column(0)
-            first += len(batch)
+        yield from table.iter_batches(ROWS, columns=list(columns))
     except (pa.ArrowException, OSError) as error:
         raise damaged(file, error) from None
+
+
+def _extension(kind: Any) -> str | None:
+    """Name of an extension type that is, or is part of, the Arrow type ``kind``."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return str(kind.extension_name)
+    parts = [kind.value_type] if pa.types.is_dictionary(kind) else [kind.field(number).type for number in range(kind.num_fields)]
+    return next((name for part in parts if (name := _extension(part))), None)
 
 
 def _images(file: Path, table: Any, column: str) -> Iterator[tuple[str, bytes]]:

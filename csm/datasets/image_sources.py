@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from csm import tables
 from csm.datasets.decoding import decode_as
-from csm.datasets.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, class_names_of, damaged, open_parquet
+from csm.datasets.huggingface import IMAGE_COLUMNS, LABEL_COLUMNS, class_names_of, open_parquet, plain_batches
 from csm.datasets.huggingface import SUFFIXES as PARQUET_SUFFIXES
 from csm.datasets.image_folder import SUFFIXES as IMAGE_SUFFIXES
 from csm.datasets.npz import KEYS
@@ -29,8 +28,6 @@ from csm.datasets.source_files import find_files, splits_of
 from csm.errors import InputError
 from csm.locations import location
 from csm.pickles import not_plain
-
-ROWS = 256  # of a parquet file, read at once
 
 
 class Item(NamedTuple):
@@ -202,16 +199,13 @@ def _parquet(files: Sequence[Path], labelled: bool) -> ImageSource:
     def read() -> Iterator[Item]:
         for file, table, chosen in zip(files, opened, columns, strict=True):
             row = 0
-            try:
-                for batch in table.iter_batches(ROWS, columns=chosen):
-                    images, *known = (batch.column(name).to_pylist() for name in chosen)
-                    labels = known[0] if known else [None] * len(images)
-                    for image, label in zip(images, labels, strict=True):
-                        content = image.get("bytes") if isinstance(image, dict) else image
-                        yield Item(f"{file} row {row}", content if isinstance(content, bytes) else b"", label)
-                        row += 1
-            except (pa.ArrowException, OSError) as error:
-                raise damaged(file, error) from None
+            for batch in plain_batches(file, table, chosen):
+                images, *known = (batch.column(name).to_pylist() for name in chosen)
+                labels = known[0] if known else [None] * len(images)
+                for image, label in zip(images, labels, strict=True):
+                    content = image.get("bytes") if isinstance(image, dict) else image
+                    yield Item(f"{file} row {row}", content if isinstance(content, bytes) else b"", label)
+                    row += 1
 
     names = class_names_of(files[0], opened[0], "") if labelled else ()
     return ImageSource(sum(table.metadata.num_rows for table in opened), read, names)

@@ -1,13 +1,13 @@
 """bench: speed as a ratio against a named baseline, both measured in one run on this machine. One file for each benchmark."""
 
 import json
-import sys
 from pathlib import Path
 
 import click
 
 from flows.options import OUTPUT_OPTIONS, TRACKING_OPTIONS, print_table, show_result, with_options
-from flows.tracking_address import Address, masked
+from flows.secrets import command_line
+from flows.tracking_address import Address
 
 
 @click.group(help="Speed, as a ratio against a named baseline measured in the same run.")
@@ -114,7 +114,7 @@ def _truth(
 ) -> None:
     from flows.bench.truth import GENERATORS, measure, table
 
-    tracking, line = Address(tracking_uri, experiment), masked(" ".join(["csm", *sys.argv[1:]]))
+    tracking, line = Address(tracking_uri, experiment), command_line(address)
     rows = measure(workspace, config, overrides, seeds, generators or tuple(GENERATORS), address, line, tracking)
     for generator in generators or GENERATORS:
         print_table(table(rows, generator), width=130)
@@ -158,7 +158,7 @@ def _calibration(
     from flows.bench.calibration import calibrate, configure
     from flows.run import results_tables
 
-    tracking, line = Address(tracking_uri, experiment), masked(" ".join(["csm", *sys.argv[1:]]))
+    tracking, line = Address(tracking_uri, experiment), command_line(address)
     outcome = calibrate(configure(config, overrides, methods, seeds), workspace, address, line, tracking)
     if outcome.config is not None:
         for table in results_tables(outcome.config, workspace):

@@ -1,4 +1,6 @@
 import io
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from pyarrow import parquet
 
 from csm.datasets import source_digest
 from csm.datasets.huggingface import huggingface
+from csm.datasets.image_sources import labelled_images_of
 from csm.errors import InputError
 from tests.csm.datasets.conftest import drawn, encoded, write_parquet
 
@@ -128,3 +131,38 @@ def test_the_digest_of_the_source_is_of_its_parquet_files_and_names(hub_folder: 
     names = hub_folder / "names.txt"
     names.write_text("a\nb\nc\n")
     assert source_digest("huggingface", path=str(hub_folder), class_names=str(names)).startswith("4 files, ")
+
+
+class Evil:
+    """Unpickled, it makes the folder that it is given."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.makedirs, (str(self.folder), 0o777, True)
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_pickles_that_ray_reads_in_parquet_are_refused(tmp_path: Path, column: str, nested: bool) -> None:
+    """Ray Data registers an Arrow type whose values are unpickled as they are read, in every process that imports it."""
+    import ray.data  # noqa: F401
+
+    pickles = pa.array([pickle.dumps(Evil(tmp_path / "made"))] * 12, type=pa.large_binary())
+    marked = {b"ARROW:extension:name": b"ray.data.arrow_pickled_object", b"ARROW:extension:metadata": b""}
+    if nested:
+        part = pa.field("bytes", pa.large_binary(), metadata=marked)
+        values, field = pa.StructArray.from_arrays([pickles], fields=[part]), pa.field(column, pa.struct([part]))
+    else:
+        values, field = pickles, pa.field(column, pa.large_binary(), metadata=marked)
+    other = {"image": ("label", pa.array([0, 1] * 6)), "label": ("image", pa.array([b"png"] * 12))}[column]
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pa.table([values, other[1]], schema=pa.schema([field, pa.field(other[0], other[1].type)])), file)
+    with pytest.raises(InputError, match=rf"a.parquet: column {column} holds values of type ray.data.arrow_pickled_object"):
+        huggingface(str(file))
+    with pytest.raises(InputError, match="which are never read"):
+        list(labelled_images_of(str(file)).read())
+    assert not (tmp_path / "made").exists()
+    parquet.read_table(file)[column].to_pylist()
+    assert (tmp_path / "made").exists(), "what is refused would be run"
