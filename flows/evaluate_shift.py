@@ -36,7 +36,10 @@ def _run(context: Context, record: StageRecord) -> Made:
             def on_measured(measured: Measured) -> None:
                 progress.advance(1, "classifiers")
 
-            measure_shifts(jobs, context.config.resources.train, on_measured)
+            def on_lost(run: str) -> None:
+                context.losses(record.name).lost(f"the worker that measured {run} was lost; it starts again")
+
+            measure_shifts(jobs, context.config.resources.train, on_measured, on_lost)
     metrics = pl.concat([read_shift_metrics(job) for job in jobs])
     tables.write(metrics, workspace.shift_metrics, tables.SHIFT_METRICS)
     context.tracker.log_file(context.parent_key, workspace.shift_metrics)

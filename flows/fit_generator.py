@@ -46,9 +46,17 @@ def fit(context: Context, record: StageRecord) -> list[float]:
             fit_job(job, on_step)
         else:
             from cluster.fitting import fit_in_group
+            from cluster.groups import Delay, Setback
+
+            def on_loss(loss: Setback | Delay) -> None:
+                told = context.losses(record.name)
+                if isinstance(loss, Delay):
+                    told.repeated(loss.repeated, f"goes on from step {loss.step}", loss.seconds)
+                else:
+                    told.lost(loss.reason, loss.workers)
 
             context.connect()
-            fit_in_group(job, group, workspace.root / "ray", record.name, on_step)
+            fit_in_group(job, group, workspace.root / "ray", record.name, on_step, on_loss)
     return losses
 
 

@@ -15,6 +15,7 @@ from csm.datasets import DatasetInfo, RealDataset
 from csm.errors import InputError
 from flows.artifacts import StageRecord, Workspace, differences
 from flows.config import Config, plain
+from flows.losses import Losses
 from flows.progress import say
 from flows.tracking import Tracker
 from flows.tracking_address import OWN, Address
@@ -80,6 +81,7 @@ class Context:
     kind: str = "pipeline"
     key: str = ""
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _losses: dict[str, Losses] = field(default_factory=dict)
     _resources: ExitStack = field(default_factory=ExitStack)
     _tracker: Tracker | None = None
     _sender: Tracker | None = None  # the same, before the parent run is open
@@ -131,6 +133,10 @@ class Context:
         data = {"csm.dataset": info.name} if (info := self.data) else {}
         self.tracker.open_run(key, name, {**data, **tags}, params, parent or self.parent_key)
         return key
+
+    def losses(self, stage: str) -> Losses:
+        """What lost workers cost ``stage``."""
+        return self._losses.setdefault(stage, Losses(stage))
 
     def connect(self) -> None:
         """Join or start Ray, once for all stages of the command."""
@@ -207,13 +213,14 @@ def run_stage(context: Context, name: str) -> None:
         context.tracker.close_run(key, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     seconds = round(time.monotonic() - started, 3)
-    context.tracker.log_metrics(key, {"seconds": spent + seconds, "rows": float(made.rows)})
+    losses = context.losses(name)
+    context.tracker.log_metrics(key, {"seconds": spent + seconds, "rows": float(made.rows), **losses.values})
     context.tracker.close_run(key)
     if name == "prepare":
         context.name_data()
     workspace.write_record(replace(wanted, done=True, digest=made.digest, rows=made.rows, seconds=round(spent + seconds, 3)))
-    context.outcomes[name] = {"seconds": seconds, "reused": False, "rows": made.rows}
-    say(f"{name}: done, {made.rows:,} {stage.unit} in {seconds:.1f} s")
+    context.outcomes[name] = {"seconds": seconds, "reused": False, "rows": made.rows, **losses.values}
+    say(f"{name}: done, {made.rows:,} {stage.unit} in {seconds:.1f} s{f'; {losses.summary}' if losses.workers else ''}")
 
 
 def require(context: Context, name: str, needs: Sequence[str]) -> None:

@@ -188,6 +188,13 @@ class Trials:
 
     def _hear(self, event: TrialEvent, progress: Task) -> None:
         number, record = event.trial, self.records[event.trial]
+        losses = self.context.losses("tune")
+        if event.kind == "lost":
+            losses.lost(f"trial {number}: {event.error}; it starts again from its last state", int(event.values["workers"]))
+            return
+        if event.kind == "resumed":
+            losses.repeated(event.values["repeated"], f"trial {number} goes on from epoch {event.epoch}", event.values["late"])
+            return
         if record.status in ENDS:  # repeated for the scheduler alone
             return
         if event.kind == "started":

@@ -1,6 +1,7 @@
 """Classifiers trained over Ray, each with a run of its own in MLflow."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -28,6 +29,7 @@ def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -
     context.connect()
     by_name = {spec.run: spec for spec in todo}
     heard: dict[str, list[tuple[int, dict[str, float]]]] = {}  # epochs of the classifiers that are being trained
+    losses, trained = context.losses(name), Counter[str]()  # and how many of each are behind it
     with task(name, sum(spec.optimizer.epochs for spec in todo)) as progress:
         done, told = 0, time.monotonic()
 
@@ -39,13 +41,22 @@ def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -
 
         def on_event(event: RunEvent) -> None:
             nonlocal done, told
+            if event.kind == "lost":
+                losses.lost(f"{event.error}; its classifiers start again from their last states", int(event.values["workers"]))
+                return
             spec = by_name[event.run]
             if event.run not in heard:
                 _open_run(context, spec, kind)
             epochs = heard.setdefault(event.run, [])
+            if event.kind == "resumed":
+                goes_on = f"{event.run} goes on from epoch {event.epoch}"
+                losses.repeated(event.values["repeated"], goes_on, event.values["late"])
+                return
             if event.kind == "epoch":
+                if event.epoch > trained[event.run]:
+                    progress.advance(event.epoch - trained[event.run], f"{done}/{len(todo)} classifiers")
+                    trained[event.run] = event.epoch
                 epochs.append((event.epoch, event.values))
-                progress.advance(1, f"{done}/{len(todo)} classifiers")
                 if time.monotonic() - told > TRACKED_SECONDS:
                     told = time.monotonic()
                     tell()

@@ -109,7 +109,10 @@ def _conclude(trials: Trials) -> tuple[dict[str, Any], list[Table]]:
     values = {f"val_{name}": estimate[0] for name, estimate in ranked[0].val.items()}
     values |= {f"test_{name}": estimate[0] for name, estimate in test[ranked[0].number].items()}
     totals = {"trials": float(len(records)), "failed": float(failed), "best_trial": float(ranked[0].number)}
-    context.tracker.log_metrics(context.parent_key, {**totals, **values})
+    losses = context.losses("tune")
+    if losses.workers:
+        say(f"tune: {losses.summary}")
+    context.tracker.log_metrics(context.parent_key, {**totals, **values, **losses.values})
     for file in (folder.table, folder.best):
         context.tracker.log_file(context.parent_key, file)
     _finish(trials, ranked[0])
@@ -121,6 +124,7 @@ def _conclude(trials: Trials) -> tuple[dict[str, Any], list[Table]]:
         "best_yaml": str(folder.best),
         "sweep": str(folder.table),
         "model": str(folder.model),
+        **losses.values,
     }
     shown = [trials_table(records, settings, test), *([importance_table(mattered, objective)] if mattered else [])]
     return result, shown
