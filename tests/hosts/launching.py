@@ -4,17 +4,16 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from tests.hosts.machines import CODE, CTL, Hosts
 
-# Alive nodes: address -> resources.
+# Alive nodes: address -> id, as receipts have it.
 NODES = """
 import json, ray
 ray.init("auto", log_to_driver=False, logging_level="ERROR")
-print(json.dumps({node["NodeManagerAddress"]: node["Resources"] for node in ray.nodes() if node["Alive"]}))
+print(json.dumps({node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}))
 """
 
 
@@ -56,8 +55,8 @@ class Launched:
         self.wait_for(len(self.hosts.names), timeout)
         self.timings["all workers joined"] = time.monotonic() - started
 
-    def nodes(self) -> dict[str, dict[str, Any]]:
-        """Address -> resources of the nodes that the head takes for alive."""
+    def nodes(self) -> dict[str, str]:
+        """Address -> id of the nodes that the head takes for alive."""
         done = self.hosts.run(self.head, f"python -c {shlex.quote(NODES)}", timeout=60, check=False)
         return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
 

@@ -186,7 +186,7 @@ class Hosts:
     def _enter(self, name: str) -> list[str]:
         """A command in front of others, which then run on a host as root of a clean environment."""
         home = ["HOME=/root", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "TERM=dumb"]
-        return [*TIED, "nsenter", f"--target={self._first(name)}", "-npmui", "--", "env", "-i", *home]
+        return [*TIED, "nsenter", f"--target={self._first(name)}", *("-n", "-p", "-m", "-u", "-i"), "--", "env", "-i", *home]
 
     def _wait_for_switch(self) -> None:
         end = time.monotonic() + 10
