@@ -1,21 +1,22 @@
 """Encoding of real images and annotation of mixed ones over an actor pool; an actor loads weights once, each when first needed."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import pyarrow as pa
 import torch
 
-from cluster.pools import Step, each_shard, make_receipt, run_steps
+from cluster.attempts import Standing
+from cluster.pools import ShardWorker, Step, Watch, make_receipt, run_steps
 from cluster.resources import Pool
 from cluster.shards import Receipt, part_path, read_plan, write_part
 from csm import tables
 from csm.encoders import ENCODERS, Encoder, Sources, encode_table
 from csm.errors import InputError
+from csm.locations import local
 from csm.reannotation import Annotator, AnnotatorSpec, annotate
 
 SLICE_ROWS = tables.ROW_GROUP  # of the real table: the unit of work of encoding
@@ -71,18 +72,15 @@ class AnnotateJob:
     device: str = "cpu"
 
 
-class EncodeShards:
+class EncodeShards(ShardWorker):
     """Actor: slice of the real table -> one part file of features for each encoder; the images are read once."""
 
-    def __init__(self, jobs: Sequence[EncodeJob], threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, jobs: Sequence[EncodeJob], threads: int, watch: Watch | None = None) -> None:
+        super().__init__(threads, watch)
         self.jobs = jobs
         self._encoders: dict[str, Encoder] = {}
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        return each_shard(batch, self._encode)
-
-    def _encode(self, shard: int) -> list[dict[str, Any]]:
+    def work(self, shard: int) -> list[dict[str, Any]]:
         jobs = [job for job in self.jobs if shard in job.shards]
         real = read_slice(jobs[0].real, shard)
         receipts = []
@@ -103,19 +101,16 @@ class EncodeShards:
         return receipts
 
 
-class AnnotateShards:
+class AnnotateShards(ShardWorker):
     """Actor: part file of mixed images -> one part file of annotations for each annotator; the images are read once, if at all."""
 
-    def __init__(self, jobs: Sequence[AnnotateJob], threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, jobs: Sequence[AnnotateJob], threads: int, watch: Watch | None = None) -> None:
+        super().__init__(threads, watch)
         self.jobs = jobs
         self._encoders: dict[str, Encoder] = {}
         self._annotators: dict[str, Annotator] = {}
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        return each_shard(batch, self._annotate)
-
-    def _annotate(self, shard: int) -> list[dict[str, Any]]:
+    def work(self, shard: int) -> list[dict[str, Any]]:
         jobs = [job for job in self.jobs if shard in job.shards]
         if not jobs:
             return []
@@ -147,23 +142,29 @@ class AnnotateShards:
                 self._annotators[job.name] = Annotator(job.spec, job.device)
 
 
-def encode_shards(jobs: Sequence[EncodeJob], pool: Pool, on_receipt: Callable[[Receipt], None]) -> None:
+def encode_shards(
+    jobs: Sequence[EncodeJob],
+    pool: Pool,
+    on_receipt: Callable[[Receipt], None],
+    on_standing: Callable[[Standing], None] = lambda standing: None,
+) -> None:
     """Encode the slices that are asked for, each read once for all encoders.
 
-    Needs a Ray session. Raises as ``process_shards`` does.
+    Needs a Ray session. Raises as ``run_steps`` does.
 
     Args:
         jobs: one for each encoder.
         pool: size.
         on_receipt: called in the driver for every part file, as they are finished; ``part`` is "encoders/NAME".
+        on_standing: called in the driver, from another thread, every few seconds.
     """
     shards = frozenset[int]().union(*(job.shards for job in jobs))
-    run_steps([Step("annotate", EncodeShards, {"jobs": tuple(jobs)}, pool)], sorted(shards), on_receipt)
+    run_steps([Step("annotate", EncodeShards, {"jobs": tuple(jobs)}, pool)], sorted(shards), on_receipt, on_standing)
 
 
 def real_slices(real: Path) -> dict[int, int]:
     """Slice of the `real` table at ``real`` -> its images of the train and validation split; those without any are left out."""
-    slices = pl.scan_parquet(real).select("split").with_row_index("row").filter(pl.col("split") != "test")
+    slices = pl.scan_parquet(local(real)).select("split").with_row_index("row").filter(pl.col("split") != "test")
     counts = slices.group_by(pl.col("row") // SLICE_ROWS).len().sort("row").collect()
     return dict(zip(counts["row"].to_list(), counts["len"].to_list(), strict=True))
 

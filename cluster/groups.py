@@ -17,6 +17,7 @@ from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.resources import Group, group_size
+from cluster.session import records_in, share
 from csm.errors import InputError
 
 FAILED = "a worker failed"  # reason of a setback that is not the loss of a worker
@@ -44,12 +45,12 @@ class Delay(NamedTuple):
     Attributes:
         step: (or epoch) that it goes on from; 0: from its beginning.
         repeated: seconds of work that are done again.
-        seconds: by which it is later than it would have been.
+        late: seconds by which it is later than it would have been.
     """
 
     step: int
     repeated: float
-    seconds: float
+    late: float
 
 
 class Pace:
@@ -130,7 +131,7 @@ def run_groups(
             ),
             run_config=RunConfig(
                 name=name if count == 1 else f"{name}-{number}",
-                storage_path=str(directory.absolute()),
+                **records_in(directory),
                 # Its own tries would all be of this size, though there may be less room or more.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             ),
@@ -200,7 +201,7 @@ def workers_now(group: Group, jobs: int, again: bool, name: str = "train") -> in
     Raises:
         InputError: they do not fit the cluster; not a single one, if it starts again.
     """
-    room = group_size(replace(group, workers=0) if again else group, jobs, ray.cluster_resources(), name)
+    room = group_size(replace(group, workers=0) if again else group, jobs, share(), name)
     return min(room, group.workers or room)
 
 

@@ -2,17 +2,15 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import torch
-
 from cluster.annotation import AnnotateJob, AnnotateShards
-from cluster.pools import Step, each_shard, make_receipt, run_steps
+from cluster.attempts import Standing
+from cluster.pools import ShardWorker, Step, Watch, make_receipt, run_steps
 from cluster.resources import Pool
 from cluster.shards import Receipt, finished_shards, part_path, read_plan, write_part
 from csm import storage, tables
@@ -41,14 +39,14 @@ class MixJob:
     compiled: bool = False
 
 
-class MixShards:
+class MixShards(ShardWorker):
     """Actor: plan shard -> part file of mixed images. Passes the shard's number on, with a receipt for the part.
 
     It is called in two threads: while one denoises, the other encodes and writes the images of the shard before.
     """
 
-    def __init__(self, job: MixJob, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, job: MixJob, threads: int, watch: Watch | None = None) -> None:
+        super().__init__(threads, watch)
         self.job = job
         self._turn = threading.Lock()
         self._free = 0.0  # when the device was done with the shard before
@@ -59,10 +57,7 @@ class MixShards:
         job = self.job
         return accelerate(load_generator(job.generator), job.device, job.precision, job.compiled)
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        return each_shard(batch, self._mix)
-
-    def _mix(self, shard: int) -> list[dict[str, Any]]:
+    def work(self, shard: int) -> list[dict[str, Any]]:
         job = self.job
         if shard not in job.shards:
             return []
@@ -85,20 +80,19 @@ def process_shards(
     mix_pool: Pool,
     annotate_pool: Pool,
     on_receipt: Callable[[Receipt], None],
+    on_standing: Callable[[Standing], None] = lambda standing: None,
 ) -> None:
     """Make the part files that are asked for; annotation of a shard starts as soon as that shard is mixed.
 
-    Needs a Ray session. Every worker writes its part beside and renames it, so a retried shard replaces itself by the same rows.
+    Needs a Ray session. Every worker writes its part beside and renames it, so a retried shard replaces itself by the same rows. Raises as
+    ``run_steps`` does.
 
     Args:
         mix_job: shards to mix, or None.
         annotate_jobs: shards to annotate; each must be mixed already or be in ``mix_job``.
         mix_pool, annotate_pool: sizes.
         on_receipt: called in the driver for every part file, as they are finished.
-
-    Raises:
-        InputError: the pools do not fit the cluster, or an input of a shard cannot be used.
-        Exception: whatever else the work on a shard raised.
+        on_standing: called in the driver, from another thread, every few seconds.
     """
     steps = []
     if mix_job:
@@ -106,4 +100,4 @@ def process_shards(
     if annotate_jobs:
         steps.append(Step("annotate", AnnotateShards, {"jobs": tuple(annotate_jobs)}, annotate_pool))
     shards = (mix_job.shards if mix_job else frozenset()).union(*(job.shards for job in annotate_jobs))
-    run_steps(steps, sorted(shards), on_receipt)
+    run_steps(steps, sorted(shards), on_receipt, on_standing)

@@ -10,6 +10,7 @@ from ray.exceptions import LocalRayletDiedError, NodeDiedError, OutOfMemoryError
 
 from cluster.groups import RETRIES
 from cluster.resources import Group, group_size
+from cluster.session import share
 from csm.errors import InputError
 from csm.shift_metrics import ShiftJob, is_measured, measure_shift
 
@@ -47,7 +48,7 @@ def measure_shifts(
             todo.setdefault(job.run, []).append(job)
     if not todo:
         return
-    room = group_size(group, len(todo), ray.cluster_resources())
+    room = group_size(group, len(todo), share())
     threads, device = max(1, round(group.cpus)), "cuda" if group.gpus else "cpu"
     task = ray.remote(num_cpus=group.cpus, num_gpus=group.gpus, max_retries=0)(_measure_run)
     waiting = list(todo.values())
@@ -57,19 +58,19 @@ def measure_shifts(
     try:
         while waiting or running:
             while waiting and len(running) < room:
-                share = waiting.pop(0)
-                running[task.remote(share, threads, device)] = share
+                mine = waiting.pop(0)
+                running[task.remote(mine, threads, device)] = mine
             (done,), _ = ray.wait(list(running))
-            share = running.pop(done)
+            mine = running.pop(done)
             try:
                 measured: Measured = ray.get(done)
             except LOST:
-                run = share[0].run
+                run = mine[0].run
                 losses[run] += 1
                 if losses[run] > RETRIES:
                     raise
                 on_lost(run)
-                waiting.append(share)
+                waiting.append(mine)
                 continue
             if measured.error is not None:
                 failures.append(measured.error)

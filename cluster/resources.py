@@ -1,5 +1,7 @@
 """What each kind of worker takes of the cluster, and whether it fits."""
 
+from collections.abc import Mapping, Sequence
+
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
@@ -35,17 +37,32 @@ class FitGroup(Group):
 
 
 @dataclass(frozen=True, config=STRICT)
+class Cap:
+    """The most ``cpus`` and ``gpus`` that a run takes of the cluster; 0: all that there are."""
+
+    cpus: float = Field(default=0.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
+
+    def of(self, total: Mapping[str, float]) -> dict[str, float]:
+        """The resources of a cluster that has ``total``, as far as the run may take them."""
+        limits = {"CPU": self.cpus, "GPU": self.gpus}
+        return {kind: min(amount, limits.get(kind) or amount) for kind, amount in total.items()}
+
+
+@dataclass(frozen=True, config=STRICT)
 class ResourcesConfig:
     """Resources of each stage that runs on Ray.
 
     On two CPUs the defaults give two mixing actors and one annotation actor beside them. ``fit`` is the group that trains one generator
-    together, ``train`` the one that shares many classifiers.
+    together, ``train`` the one that shares many classifiers. All of them are sized to ``cap``, this run's share of a cluster that others
+    use too.
     """
 
     mix: Pool = Pool(cpus=0.8)
     annotate: Pool = Pool(cpus=0.2, max_actors=1)
     train: Group = Group()
     fit: FitGroup = FitGroup()
+    cap: Cap = Cap()
 
 
 def fits(cpus: float, gpus: float, total: dict[str, float]) -> int:
@@ -73,7 +90,7 @@ def pool_sizes(pools: dict[str, Pool], total: dict[str, float]) -> dict[str, tup
             sums = " + ".join(f"{name} {p.min_actors} x {getattr(p, key):g}" for name, p in pools.items())
             raise InputError(
                 f"resources: {sums} = {needed[key]:g} {kind}, but the cluster has {have:g}; "
-                f"lower resources.*.{key} or resources.*.min_actors, or add nodes"
+                f"lower resources.*.{key} or resources.*.min_actors, raise resources.cap if it is set, or add nodes"
             )
     sizes = {}
     for name, pool in pools.items():
@@ -85,6 +102,19 @@ def pool_sizes(pools: dict[str, Pool], total: dict[str, float]) -> dict[str, tup
         needed["cpus"] += (most - pool.min_actors) * pool.cpus
         needed["gpus"] += (most - pool.min_actors) * pool.gpus
     return sizes
+
+
+def wanting(pools: Mapping[str, Pool], nodes: Sequence[Mapping[str, float]]) -> str:
+    """What ``nodes``, with these resources each, lack for one worker of each of ``pools``; "" if they have room."""
+    free = [{"CPU": node.get("CPU", 0.0), "GPU": node.get("GPU", 0.0)} for node in nodes]
+    for name, pool in sorted(pools.items(), key=lambda item: (-item[1].gpus, -item[1].cpus)):
+        node = next((node for node in free if fits(pool.cpus, pool.gpus, node)), None)
+        if node is None:
+            have = f"{sum(n.get('CPU', 0.0) for n in nodes):g} CPU and {sum(n.get('GPU', 0.0) for n in nodes):g} GPU"
+            return f"the {len(nodes)} node(s) left, with {have}, have no room for {name} ({pool.cpus:g} CPU, {pool.gpus:g} GPU)"
+        node["CPU"] -= pool.cpus
+        node["GPU"] -= pool.gpus
+    return ""
 
 
 def group_size(group: Group, jobs: int, total: dict[str, float], name: str = "train") -> int:

@@ -7,26 +7,33 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import ray
 
+from cluster.resources import Cap
 from csm.errors import InputError
+from csm.locations import is_remote, store
 
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 200 * 2**20  # only receipts and settings pass through it; images never do
 CONNECT_SECONDS = 5.0
+_caps = [Cap()]  # of the session that is open, last
 
 
 @contextmanager
-def session(address: str = "local", cpus: int | None = None) -> Iterator[None]:
+def session(address: str = "local", cpus: int | None = None, cap: Cap = _caps[0], namespace: str | None = None) -> Iterator[None]:
     """Connect to Ray for the length of the block.
 
     Args:
         address: ``local`` starts a Ray of its own on this machine and stops it afterwards; ``auto`` finds a running one; ``HOST:PORT``
             and ``ray://HOST:PORT`` name one.
         cpus: CPUs of a local Ray; None for all of this machine.
+        cap: what the run may take of it, see ``share``.
+        namespace: where Ray keeps the names that the run gives; None: one of its own.
 
     Raises:
         InputError: nothing answers at ``address``.
@@ -43,6 +50,7 @@ def session(address: str = "local", cpus: int | None = None) -> Iterator[None]:
         with _native_stderr_muted():
             ray.init(
                 address="local",
+                namespace=namespace,
                 num_cpus=cpus or len(os.sched_getaffinity(0)),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
@@ -52,16 +60,35 @@ def session(address: str = "local", cpus: int | None = None) -> Iterator[None]:
     else:
         require_answer(address)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"--address {address}: no Ray cluster can be joined there ({reason}); {_HINT}") from None
     if callable(on_term) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_term)  # Ray put its own there, which aborts the process
+    _caps.append(cap)
     try:
         yield
     finally:
+        _caps.pop()
         ray.shutdown()
+
+
+def share() -> dict[str, float]:
+    """Resources of the cluster that this run may take: all, up to the cap of the session."""
+    return _caps[-1].of(ray.cluster_resources())
+
+
+def records_in(directory: Path) -> dict[str, Any]:
+    """The arguments by which Ray Train and Ray Tune keep their own records in ``directory``, which may be on a store."""
+    if not is_remote(directory):
+        return {"storage_path": str(directory.absolute())}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return {
+        "storage_path": str(directory).partition("://")[2],
+        "storage_filesystem": PyFileSystem(FSSpecHandler(store(directory))),
+    }
 
 
 # How every gRPC conversation begins (RFC 9113, section 3.4): both sides send a SETTINGS frame, which is type 4.

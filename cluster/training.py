@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import ray
 import torch
 from ray.train import get_context
 
 from cluster.groups import FAILED, Events, Pace, Setback, run_groups, worker_device, workers_now
 from cluster.resources import Group, group_size
+from cluster.session import share
 from cluster.streaming import open_stream
 from csm.errors import InputError
 from csm.runs import RunSpec, fit_run, is_finished
@@ -93,7 +93,7 @@ def fit_many(
             ended.add(event.run)
         new = event.kind != "epoch" or event.epoch not in paces[event.run].times
         if event.kind == "epoch" and (delay := paces[event.run].hear(event.epoch)) is not None:
-            cost = {"repeated": delay.repeated, "late": delay.seconds}
+            cost = {"repeated": delay.repeated, "late": delay.late}
             on_event(RunEvent(event.run, "resumed", delay.step, cost, ""))
         on_event(event)
         if event.kind == "failed":
@@ -105,7 +105,7 @@ def fit_many(
         if not left:
             return 0, {}
         if together > 1:
-            group_size(replace(group, workers=together), together, ray.cluster_resources())
+            group_size(replace(group, workers=together), together, share())
         workers = together if together > 1 else workers_now(group, len(left), again)
         return workers, {"specs": left, "together": together}
 
@@ -134,9 +134,9 @@ def _shares(todo: Sequence[RunSpec], group: Group, together: int) -> list[Sequen
         return [todo]
     if 0 < group.gpus < 1:
         raise InputError(f"resources.train.gpus: expected 0 or at least 1 for each of {together} workers, got {group.gpus:g}")
-    size = group_size(group, len(todo) * together, ray.cluster_resources())
+    size = group_size(group, len(todo) * together, share())
     if size < together:
-        size = group_size(replace(group, workers=together), together, ray.cluster_resources())
+        size = group_size(replace(group, workers=together), together, share())
     return [todo[number :: size // together] for number in range(min(size // together, len(todo)))]
 
 

@@ -14,6 +14,7 @@ from ray.tune.search import Searcher
 
 from cluster.groups import RETRIES, Pace, describe_loss
 from cluster.resources import Group, group_size
+from cluster.session import records_in, share
 from cluster.tuning_schedulers import build_scheduler
 from cluster.tuning_trials import Build, Race, Standing, Work, note_stop, train_trial
 from csm.errors import InputError
@@ -85,7 +86,7 @@ def run_trials(
         tune.run(
             tune.with_resources(tune.with_parameters(train_trial, work=work), resources),
             name=name,
-            storage_path=str(directory.absolute()),
+            **records_in(directory),
             num_samples=-1,
             search_alg=_Asking(ask, room),
             scheduler=build_scheduler(scheduler),
@@ -108,9 +109,9 @@ def _room(group: Group, together: int, concurrent: int) -> int:
     if together > 1 and 0 < group.gpus < 1:
         raise InputError(f"resources.train.gpus: expected 0 or at least 1 for each of {together} workers, got {group.gpus:g}")
     least = replace(group, workers=max(group.workers, together) if group.workers else 0)
-    room = group_size(least, 10**9, ray.cluster_resources()) // together
+    room = group_size(least, 10**9, share()) // together
     if room == 0:
-        group_size(replace(group, workers=together), together, ray.cluster_resources())  # says what does not fit
+        group_size(replace(group, workers=together), together, share())  # says what does not fit
     return min(room, concurrent) if concurrent else room
 
 
@@ -180,7 +181,7 @@ class _Hearing(tune.Callback):
             pace = self.paces[number][seed]
             new = epoch not in pace.times
             if (new or not replayed) and (delay := pace.hear(epoch)) is not None:
-                cost = {"repeated": delay.repeated, "late": delay.seconds}
+                cost = {"repeated": delay.repeated, "late": delay.late}
                 self.waiting.append(TrialEvent(number, "resumed", seed, delay.step, cost, ""))
             if new:
                 self.waiting.append(TrialEvent(number, "epoch", seed, epoch, values, ""))

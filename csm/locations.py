@@ -113,10 +113,10 @@ def local(path: Path) -> Path:
         if not copy.exists():
             temporary = folder.with_suffix(".tmp")
             shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-            for name in found:
-                target = temporary / path.name / name if name else temporary / path.name
+            targets = [temporary / path.name / name if name else temporary / path.name for name in found]
+            for target in targets:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                store(path).get_file(str(path / name) if name else str(path), str(target))
+            store(path).get([str(path / name) if name else str(path) for name in found], [str(target) for target in targets])
             os.replace(temporary, folder)
         os.utime(folder)
         for old in versions.iterdir():

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from csm.errors import InputError
-from csm.locations import cache, is_remote, local, store
+from csm.locations import cache, is_remote, listing, local, store
 from csm.parameters import expected
 
 T = TypeVar("T")
@@ -54,6 +54,21 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def placing(folder: Path) -> Iterator[Path]:
+    """Give a folder to fill, whose files are those of ``folder`` when the block ends well: itself, or a temporary one for a store.
+
+    For libraries that write folders; files that it had before stay.
+    """
+    if not is_remote(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(dir=cache()) as temporary:
+        yield Path(temporary)
+        names = list(listing(Path(temporary)))
+        store(folder).put([str(Path(temporary) / name) for name in names], [str(folder / name) for name in names])
 
 
 def _beside(path: Path) -> Path:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from cluster.attempts import Standing
 from cluster.mixing import MixJob, process_shards
 from cluster.shards import Receipt, finished_shards, part_path, plan_shards
 from csm.datasets import RealDataset
@@ -18,7 +19,7 @@ from csm.planning import ratio_grid
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.progress import task
-from flows.stages import Context, Made, Stage, stale
+from flows.stages import Context, Losses, Made, Stage, stale
 
 RECEIPTS = "receipts.jsonl"
 TRACKED_SECONDS = 10.0  # between two points in MLflow
@@ -59,21 +60,23 @@ def _run(context: Context, record: StageRecord) -> Made:
 def process(
     context: Context,
     record: StageRecord,
-    work: Callable[[Callable[[Receipt], None]], None],
+    work: Callable[[Callable[[Receipt], None], Callable[[Standing], None]], None],
     parts: Collection[str],
     unit: str,
     total: int,
     done: int,
     seconds: float = 0.0,
 ) -> None:
-    """Do ``work``, which calls the function that it is given with every receipt, over Ray, and keep each in ``receipts.jsonl`` as it comes.
+    """Do ``work`` over Ray, and keep each receipt in ``receipts.jsonl`` as it comes.
+
+    It calls the functions that it is given: the first with every receipt, the other now and then with what the workers are at.
 
     Progress, on the terminal and in MLflow, is that of ``parts``: how many of ``total`` rows, which are called ``unit`` (``done`` were
     there before), how many a second of this session, and device-seconds: how long the workers were busy, ``seconds`` of them in sessions
     before.
     """
     context.connect()
-    tracker, logged = context.tracker, 0.0
+    tracker, logged, before = context.tracker, 0.0, context.losses.get(record.name, Losses())
     with task(record.name, total, done) as progress, _open_log(context.workspace.root / RECEIPTS) as log:
 
         def report() -> None:
@@ -93,8 +96,22 @@ def process(
                 logged = progress.seconds
                 report()
 
-        work(on_receipt)
+        def on_standing(standing: Standing) -> None:
+            progress.warn(trouble(standing))
+            context.losses[record.name] = Losses(before.workers + standing.lost, before.seconds + standing.seconds)
+
+        work(on_receipt, on_standing)
         report()
+
+
+def trouble(standing: Standing) -> str:
+    """What holds the workers up, for the user; "" if nothing does."""
+    if standing.wanting:
+        return f"waiting: {standing.wanting}"
+    if standing.slowest is None:
+        return ""
+    _, shard, host, seconds = standing.slowest
+    return f"slowest: shard {shard} on {host}, {seconds:.0f} s"
 
 
 def _open_log(path: Path) -> TextIO:

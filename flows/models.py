@@ -49,6 +49,9 @@ def _fetch(uri: str, tracking_uri: str | None) -> CalibratedClassifier:
     if not store:
         raise InputError(f"--model {uri}: in which store? give --tracking-uri, such as sqlite:////FOLDER/workspace/mlflow.db")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault(
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"
+    )  # its own 7 wait for minutes before they say that nobody answers
     from mlflow.artifacts import download_artifacts  # seconds to import
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient

@@ -1,6 +1,7 @@
 """Progress of long work: a bar on a terminal, a plain line now and then elsewhere. All of it goes to stderr."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ class Task:
     """One stage's progress; ``made`` of the ``done`` units were done since it began, at ``rate`` units a second."""
 
     def __init__(self, name: str, total: int, done: int = 0) -> None:
-        self.name, self.total, self.done, self.text = name, total, done, ""
+        self.name, self.total, self.done, self.text, self.warning = name, total, done, "", ""
+        self._lock = threading.Lock()
         self._before, self._started = done, time.monotonic()
         self._first: tuple[int, float] | None = None  # units made, and seconds, when the first ones came
 
@@ -43,11 +45,23 @@ class Task:
 
     def advance(self, count: int = 1, text: str = "") -> None:
         """``count`` units more are done; ``text`` says what else is worth knowing."""
-        self.done += count
-        if self._first is None and self.made:
-            self._first = (self.made, self.seconds)
-        self.text = text or self.text
-        self.show()
+        with self._lock:
+            self.done += count
+            if self._first is None and self.made:
+                self._first = (self.made, self.seconds)
+            self.text = text or self.text
+            self.show()
+
+    def warn(self, text: str) -> None:
+        """Show, beside the rest, what holds the work up; "" if nothing does. May be called from any thread."""
+        with self._lock:
+            self.warning = text
+            self.show()
+
+    @property
+    def shown(self) -> str:
+        """What is worth knowing and what holds the work up."""
+        return "  ".join(part for part in (self.text, self.warning) if part)
 
     def show(self) -> None:
         """Display the state."""
@@ -63,7 +77,7 @@ class _Bar(Task):
         self._id = progress.add_task(name, total=total, completed=done, text="")
 
     def show(self) -> None:
-        self._progress.update(self._id, completed=self.done, text=self.text)
+        self._progress.update(self._id, completed=self.done, text=self.shown)
 
 
 class _Lines(Task):
@@ -81,7 +95,7 @@ class _Lines(Task):
             self._line()
 
     def _state(self) -> str:
-        return f"{self.name}: {self.done}/{self.total}{f'  {self.text}' if self.text else ''}"
+        return f"{self.name}: {self.done}/{self.total}{f'  {self.shown}' if self.shown else ''}"
 
     def _line(self) -> None:
         self._shown, self._written = self.seconds, self._state()

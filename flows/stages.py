@@ -15,7 +15,6 @@ from csm.datasets import DatasetInfo, RealDataset
 from csm.errors import InputError
 from flows.artifacts import StageRecord, Workspace, differences
 from flows.config import Config, plain
-from flows.losses import Losses
 from flows.progress import say
 from flows.tracking import Tracker
 from flows.tracking_address import OWN, Address
@@ -28,6 +27,16 @@ class Made(NamedTuple):
 
     rows: int
     digest: str
+
+
+class Losses(NamedTuple):
+    """What a stage lost: workers, and the seconds that these had worked for nothing. Known of stages that say so in ``Context.losses``."""
+
+    workers: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.workers} worker{'s' * (self.workers > 1)} lost, about {self.seconds:.0f} s of work repeated"
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class Context:
     kind: str = "pipeline"
     key: str = ""
     outcomes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _losses: dict[str, Losses] = field(default_factory=dict)
+    losses: dict[str, Losses] = field(default_factory=dict)
     _resources: ExitStack = field(default_factory=ExitStack)
     _tracker: Tracker | None = None
     _sender: Tracker | None = None  # the same, before the parent run is open
@@ -134,16 +143,13 @@ class Context:
         self.tracker.open_run(key, name, {**data, **tags}, params, parent or self.parent_key)
         return key
 
-    def losses(self, stage: str) -> Losses:
-        """What lost workers cost ``stage``."""
-        return self._losses.setdefault(stage, Losses(stage))
-
     def connect(self) -> None:
         """Join or start Ray, once for all stages of the command."""
         if not self._connected:
             say(f"ray: {'starting on this machine' if self.address == 'local' else 'joining ' + self.address}")
             self._resources.enter_context(redirect_stdout(sys.stderr))  # where Ray prints what it says of lost workers
-            self._resources.enter_context(session(self.address))
+            name = f"csm-{storage.digest(str(self.workspace.root.absolute()))[:12]}"
+            self._resources.enter_context(session(self.address, cap=self.config.resources.cap, namespace=name))
             self._connected = True
 
     def close(self, status: str) -> None:
@@ -213,14 +219,17 @@ def run_stage(context: Context, name: str) -> None:
         context.tracker.close_run(key, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     seconds = round(time.monotonic() - started, 3)
-    losses = context.losses(name)
-    context.tracker.log_metrics(key, {"seconds": spent + seconds, "rows": float(made.rows), **losses.values})
+    lost = context.losses.get(name)
+    lost_values = {"workers_lost": lost.workers, "seconds_lost": round(lost.seconds, 3)} if lost else {}
+    context.tracker.log_metrics(key, {"seconds": spent + seconds, "rows": float(made.rows), **lost_values})
     context.tracker.close_run(key)
     if name == "prepare":
         context.name_data()
     workspace.write_record(replace(wanted, done=True, digest=made.digest, rows=made.rows, seconds=round(spent + seconds, 3)))
-    context.outcomes[name] = {"seconds": seconds, "reused": False, "rows": made.rows, **losses.values}
-    say(f"{name}: done, {made.rows:,} {stage.unit} in {seconds:.1f} s{f'; {losses.summary}' if losses.workers else ''}")
+    context.outcomes[name] = {"seconds": seconds, "reused": False, "rows": made.rows, **lost_values}
+    if lost and lost.workers:
+        say(f"{name}: {lost}")
+    say(f"{name}: done, {made.rows:,} {stage.unit} in {seconds:.1f} s")
 
 
 def require(context: Context, name: str, needs: Sequence[str]) -> None:

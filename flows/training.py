@@ -11,6 +11,7 @@ from cluster.training import RunEvent, fit_many
 from csm import storage, tables
 from csm.datasets import RealDataset
 from csm.runs import RunSpec, is_finished
+from flows.losses import tell_delay, tell_loss
 from flows.progress import task
 from flows.stages import Context
 from flows.tracking_inputs import mixed_input, real_input
@@ -29,7 +30,7 @@ def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -
     context.connect()
     by_name = {spec.run: spec for spec in todo}
     heard: dict[str, list[tuple[int, dict[str, float]]]] = {}  # epochs of the classifiers that are being trained
-    losses, trained = context.losses(name), Counter[str]()  # and how many of each are behind it
+    trained = Counter[str]()  # epochs that each has behind it
     with task(name, sum(spec.optimizer.epochs for spec in todo)) as progress:
         done, told = 0, time.monotonic()
 
@@ -42,15 +43,15 @@ def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -
         def on_event(event: RunEvent) -> None:
             nonlocal done, told
             if event.kind == "lost":
-                losses.lost(f"{event.error}; its classifiers start again from their last states", int(event.values["workers"]))
+                reason = f"{event.error}; classifiers start again from their last states"
+                tell_loss(context, name, reason, int(event.values["workers"]))
                 return
             spec = by_name[event.run]
             if event.run not in heard:
                 _open_run(context, spec, kind)
             epochs = heard.setdefault(event.run, [])
             if event.kind == "resumed":
-                goes_on = f"{event.run} goes on from epoch {event.epoch}"
-                losses.repeated(event.values["repeated"], goes_on, event.values["late"])
+                tell_delay(context, name, f"{event.run} goes on from epoch {event.epoch}", **event.values)
                 return
             if event.kind == "epoch":
                 if event.epoch > trained[event.run]:

@@ -109,10 +109,11 @@ def _conclude(trials: Trials) -> tuple[dict[str, Any], list[Table]]:
     values = {f"val_{name}": estimate[0] for name, estimate in ranked[0].val.items()}
     values |= {f"test_{name}": estimate[0] for name, estimate in test[ranked[0].number].items()}
     totals = {"trials": float(len(records)), "failed": float(failed), "best_trial": float(ranked[0].number)}
-    losses = context.losses("tune")
-    if losses.workers:
-        say(f"tune: {losses.summary}")
-    context.tracker.log_metrics(context.parent_key, {**totals, **values, **losses.values})
+    lost = context.losses.get("tune")
+    if lost:
+        say(f"tune: {lost}")
+        totals |= {"workers_lost": float(lost.workers), "seconds_lost": round(lost.seconds, 3)}
+    context.tracker.log_metrics(context.parent_key, {**totals, **values})
     for file in (folder.table, folder.best):
         context.tracker.log_file(context.parent_key, file)
     _finish(trials, ranked[0])
@@ -124,7 +125,7 @@ def _conclude(trials: Trials) -> tuple[dict[str, Any], list[Table]]:
         "best_yaml": str(folder.best),
         "sweep": str(folder.table),
         "model": str(folder.model),
-        **losses.values,
+        **({"workers_lost": lost.workers, "seconds_lost": round(lost.seconds, 3)} if lost else {}),
     }
     shown = [trials_table(records, settings, test), *([importance_table(mattered, objective)] if mattered else [])]
     return result, shown

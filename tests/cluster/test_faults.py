@@ -186,7 +186,7 @@ def test_a_generator_is_trained_on_by_the_workers_that_are_left(nodes, data, tmp
     assert isinstance(delay, Delay)
     assert delay.step >= 100
     assert delay.step % 50 == 0
-    assert delay.repeated < delay.seconds
+    assert delay.repeated < delay.late
     known = dict(told)
     assert sorted(known) == list(range(1, 601))
     direct: list[float] = []

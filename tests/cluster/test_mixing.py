@@ -15,7 +15,6 @@ import pytest
 
 from cluster.annotation import AnnotateJob, EncoderSpec
 from cluster.mixing import MixJob, MixShards, process_shards
-from cluster.pools import block_length
 from cluster.resources import Pool
 from cluster.shards import finished_shards, part_path, plan_shards, read_plan, write_part
 from csm import storage, tables
@@ -198,19 +197,8 @@ def test_receipts_come_while_others_are_mixed(done):
         assert order.index((name, order[0][1])) < max(index for index, (part, _) in enumerate(order) if part == "mixed")
 
 
-@pytest.mark.parametrize(
-    ("shards", "actors", "length"),
-    [(1, 1, 1), (256, 1, 1), (257, 1, 2), (5000, 4, 20), (5000, 64, 5), (50_000, 4, 196), (50_000, 1000, 4), (600, 1000, 1)],
-)
-def test_blocks_are_few_and_still_many_for_every_actor(shards, actors, length):
-    assert block_length(shards, actors) == length
-    blocks = -(-shards // length)
-    assert blocks <= max(256, 16 * actors)
-    assert blocks >= min(shards, 8 * actors)
-
-
 def test_blocks_of_several_shards_lose_and_repeat_nothing(done, tmp_path, monkeypatch):
-    monkeypatch.setattr("cluster.pools.block_length", lambda shards, actors: 3)
+    monkeypatch.setattr("cluster.pools.block_lengths", lambda shards, actors: [3, 3, 2])
     job = replace(done.mix_job, mixed=tmp_path / "mixed")
     receipts = []
     process_shards(

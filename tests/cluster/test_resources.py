@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.resources import FitGroup, Group, Pool, ResourcesConfig, fits, group_size, pool_sizes
+from cluster.resources import Cap, FitGroup, Group, Pool, ResourcesConfig, fits, group_size, pool_sizes, wanting
 from csm.errors import InputError
 
 
@@ -124,3 +124,43 @@ def test_a_group_that_does_not_fit_is_named():
 def test_a_group_that_does_not_fit_is_refused(group, total, message):
     with pytest.raises(InputError, match=message):
         group_size(group, 5, total)
+
+
+@pytest.mark.parametrize(
+    ("cap", "total", "expected"),
+    [
+        (Cap(), {"CPU": 8, "GPU": 2, "memory": 5}, {"CPU": 8, "GPU": 2, "memory": 5}),
+        (Cap(cpus=3), {"CPU": 8, "GPU": 2}, {"CPU": 3, "GPU": 2}),
+        (Cap(cpus=3, gpus=0.5), {"CPU": 2, "GPU": 2}, {"CPU": 2, "GPU": 0.5}),
+        (Cap(gpus=1), {"CPU": 2}, {"CPU": 2}),
+    ],
+)
+def test_a_cap_is_the_most_and_not_the_least(cap, total, expected):
+    assert cap.of(total) == expected
+
+
+@pytest.mark.parametrize(
+    ("pools", "nodes", "text"),
+    [
+        ({"mix": Pool(cpus=0.8), "annotate": Pool(cpus=0.2)}, [{"CPU": 1}], ""),
+        ({"mix": Pool(), "annotate": Pool()}, [{"CPU": 1}, {"CPU": 1}], ""),
+        ({"annotate": Pool(cpus=1), "mix": Pool(cpus=2)}, [{"CPU": 2}, {"CPU": 1}], ""),  # the large one first
+        (
+            {"mix": Pool(), "annotate": Pool()},
+            [{"CPU": 1}, {}],
+            "the 2 node(s) left, with 1 CPU and 0 GPU, have no room for annotate",
+        ),
+        (
+            {"mix": Pool(cpus=2)},
+            [{"CPU": 1}, {"CPU": 1}],
+            "the 2 node(s) left, with 2 CPU and 0 GPU, have no room for mix (2 CPU",
+        ),
+        ({"mix": Pool(gpus=0.8), "annotate": Pool(gpus=0.2)}, [{"CPU": 4, "GPU": 1}], ""),
+        ({"mix": Pool(gpus=0.8)}, [{"CPU": 4}], "have no room for mix (1 CPU, 0.8 GPU)"),
+        ({"mix": Pool()}, [], "the 0 node(s) left, with 0 CPU and 0 GPU, have no room for mix"),
+    ],
+)
+def test_what_is_wanting_for_a_worker_of_each_pool(pools, nodes, text):
+    said = wanting(pools, nodes)
+    assert text in said
+    assert bool(said) == bool(text)

@@ -174,7 +174,7 @@ def test_workers_that_do_not_fit_are_refused_before_work(data, tmp_path, group, 
 
 
 def test_workers_of_one_run_do_not_share_a_gpu(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("cluster.training.ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    monkeypatch.setattr("cluster.training.share", lambda: {"CPU": 4.0, "GPU": 1.0})
     with pytest.raises(InputError, match=r"resources\.train\.gpus: expected 0 or at least 1 for each of 2 workers, got 0\.5"):
         fit_many([run(data, tmp_path, "any")], Group(gpus=0.5), tmp_path, "test", pytest.fail, together=2)
 

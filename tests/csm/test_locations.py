@@ -99,7 +99,7 @@ def test_a_copy_is_made_once_for_each_version(bucket, monkeypatch):
     folder = local(bucket / "m")
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {"a.json", "deep/b.json"}
     with monkeypatch.context() as patch:
-        patch.setattr(type(store(bucket)), "get_file", None)  # nothing is fetched
+        patch.setattr(type(store(bucket)), "get", None)  # nothing is fetched
         assert local(bucket / "m") == folder
     assert local(bucket / "m" / "a.json").read_text() == "one"
     time.sleep(1.1)  # dates of objects are whole seconds

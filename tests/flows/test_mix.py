@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from cluster.attempts import Lag, Standing
 from cluster.shards import Receipt
 from flows import mix
 from flows.artifacts import StageRecord, Workspace
+from flows.stages import Losses
 
 RECORD = StageRecord("mix", "f1", {}, 1, {})
 
@@ -30,7 +32,7 @@ class Tracker:
 
 @pytest.fixture
 def context(tmp_path):
-    return SimpleNamespace(workspace=Workspace(tmp_path), tracker=Tracker(), connect=lambda: None)
+    return SimpleNamespace(workspace=Workspace(tmp_path), tracker=Tracker(), connect=lambda: None, losses={})
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def clock(monkeypatch):
 def work(clock, *made):
     """Work that hands on receipts, each some seconds after the one before."""
 
-    def hand_on(on_receipt):
+    def hand_on(on_receipt, on_standing):
         for seconds, one in made:
             clock[0] += seconds
             on_receipt(one)
@@ -105,3 +107,26 @@ def test_a_log_of_half_a_line_is_emptied(context, clock):
     (context.workspace.root / "receipts.jsonl").write_text('{"part"')
     mix.process(context, RECORD, work(clock, (1, receipt(2, 3.0))), {"mixed"}, "images", 10, 0)
     assert mix.spent(context.workspace.root / "receipts.jsonl", "mixed", {2}) == 3.0
+
+
+def test_stragglers_and_losses_are_told(context, clock, capsys):
+    def lossy(on_receipt, on_standing):
+        on_standing(Standing(2, Lag("mix", 17, "h2", 43.2), 1, 30.0))
+        clock[0] += 12
+        on_receipt(receipt(1))
+        on_standing(Standing(2, None, 2, 41.0, "the 1 node(s) left have no room for mix"))
+        on_standing(Standing(0, None, 2, 41.0))
+
+    mix.process(context, RECORD, lossy, {"mixed"}, "images", 20, 0)
+    assert "  1.0 device-s  slowest: shard 17 on h2, 43 s  12 s" in capsys.readouterr().err
+    assert context.losses == {"mix": Losses(2, 41.0)}
+    mix.process(context, RECORD, lossy, {"mixed"}, "images", 20, 0)  # a stage may have several parts
+    assert context.losses == {"mix": Losses(4, 82.0)}
+    assert str(Losses(2, 41.4)) == "2 workers lost, about 41 s of work repeated"
+    assert str(Losses(1, 0.2)) == "1 worker lost, about 0 s of work repeated"
+
+
+def test_what_is_wanting_comes_before_what_is_slow():
+    lag = Lag("mix", 17, "h2", 43.2)
+    assert mix.trouble(Standing(1, lag, 0, 0.0, "no room for mix")) == "waiting: no room for mix"
+    assert mix.trouble(Standing(1, None, 0, 0.0)) == ""

@@ -48,6 +48,20 @@ def test_what_was_done_before_does_not_count_for_the_rate(clock, capsys):
     assert lines(capsys) == ["mix: 910/1000  20 s", "mix: 920/1000  1:20 left  30 s"]
 
 
+def test_a_warning_stands_beside_the_text_until_it_is_over(clock, capsys):
+    with progress.task("mix", 100) as task:
+        clock(11)
+        task.warn("slowest: shard 17 on h2, 43 s")
+        clock(11)
+        task.advance(10, "0.5 images/s")
+        task.warn("")
+    assert lines(capsys) == [
+        "mix: 0/100  slowest: shard 17 on h2, 43 s  11 s",
+        "mix: 10/100  0.5 images/s  slowest: shard 17 on h2, 43 s  22 s",
+        "mix: 10/100  0.5 images/s  22 s",
+    ]
+
+
 def test_nothing_made_is_no_rate(clock, capsys):
     with progress.task("mix", 10, done=4) as task:
         clock(11)
