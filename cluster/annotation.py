@@ -16,6 +16,7 @@ from cluster.shards import Receipt, part_path, read_plan, write_part
 from csm import tables
 from csm.encoders import ENCODERS, Encoder, Sources, encode_table
 from csm.errors import InputError
+from csm.locations import local
 from csm.reannotation import Annotator, AnnotatorSpec, annotate
 
 SLICE_ROWS = tables.ROW_GROUP  # of the real table: the unit of work of encoding
@@ -163,7 +164,7 @@ def encode_shards(jobs: Sequence[EncodeJob], pool: Pool, on_receipt: Callable[[R
 
 def real_slices(real: Path) -> dict[int, int]:
     """Slice of the `real` table at ``real`` -> its images of the train and validation split; those without any are left out."""
-    slices = pl.scan_parquet(real).select("split").with_row_index("row").filter(pl.col("split") != "test")
+    slices = pl.scan_parquet(local(real)).select("split").with_row_index("row").filter(pl.col("split") != "test")
     counts = slices.group_by(pl.col("row") // SLICE_ROWS).len().sort("row").collect()
     return dict(zip(counts["row"].to_list(), counts["len"].to_list(), strict=True))
 

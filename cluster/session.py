@@ -7,11 +7,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import ray
 
 from csm.errors import InputError
+from csm.locations import is_remote, store
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,18 @@ def session(address: str = "local", cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def records_in(directory: Path) -> dict[str, Any]:
+    """The arguments by which Ray Train and Ray Tune keep their own records in ``directory``, which may be on a store."""
+    if not is_remote(directory):
+        return {"storage_path": str(directory.absolute())}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return {
+        "storage_path": str(directory).partition("://")[2],
+        "storage_filesystem": PyFileSystem(FSSpecHandler(store(directory))),
+    }
 
 
 # How every gRPC conversation begins (RFC 9113, section 3.4): both sides send a SETTINGS frame, which is type 4.

@@ -6,6 +6,7 @@ from pathlib import Path
 import polars as pl
 
 from csm import storage, tables
+from csm.locations import local
 
 KEY, ROWS = "csm.key", "csm.rows"
 
@@ -56,10 +57,10 @@ def finished_shards(directory: Path, key: str, rows: dict[int, int]) -> set[int]
 
 def plan_shards(plan: Path) -> dict[int, int]:
     """Shard -> rows of the plan, in order."""
-    counts = pl.scan_parquet(plan).group_by("shard").len().sort("shard").collect()
+    counts = pl.scan_parquet(local(plan)).group_by("shard").len().sort("shard").collect()
     return dict(zip(counts["shard"].to_list(), counts["len"].to_list(), strict=True))
 
 
 def read_plan(plan: Path, shard: int) -> pl.DataFrame:
     """The rows of one shard, in plan order; only the row groups that hold it are read."""
-    return tables.check(pl.scan_parquet(plan).filter(pl.col("shard") == shard).collect(), tables.PLAN, str(plan))
+    return tables.check(pl.scan_parquet(local(plan)).filter(pl.col("shard") == shard).collect(), tables.PLAN, str(plan))

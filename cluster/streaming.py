@@ -18,6 +18,7 @@ import torch
 from csm import tables
 from csm.datasets import RealDataset
 from csm.errors import InputError
+from csm.locations import local, location
 from csm.training import Split
 from csm.world import World
 
@@ -155,7 +156,7 @@ def _first_cause(error: BaseException) -> str:
 def _groups(path: Path) -> Iterator[Piece]:
     """The row groups of a part file that have training images."""
     train = (tables.read(path, tables.REAL, columns=["split"])["split"] == "train").to_numpy()
-    metadata = pq.read_metadata(path)
+    metadata = pq.read_metadata(local(path))
     start = 0
     for number in range(metadata.num_row_groups):
         length = metadata.row_group(number).num_rows
@@ -176,6 +177,6 @@ def _cut(groups: Sequence[Piece], first: int, count: int) -> Iterator[Piece]:
 def _read(pieces: Sequence[Piece], batch: pa.Table) -> pa.Table:
     """Labels and images of the piece whose number is in ``batch``."""
     path, start, length, first, count = pieces[batch["item"][0].as_py()]
-    group = tables.read(Path(path), tables.REAL, ["split", "label", "image"], rows=(start, length))
+    group = tables.read(location(path), tables.REAL, ["split", "label", "image"], rows=(start, length))
     own = group.filter(pl.col("split") == "train").slice(first, count).select("label", "image")
     return own.to_arrow(compat_level=pl.CompatLevel.oldest())

@@ -13,6 +13,7 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Empty, Queue
 
 from cluster.resources import Group, group_size
+from cluster.session import records_in
 from cluster.streaming import open_stream
 from csm.errors import InputError
 from csm.runs import RunSpec, fit_run, is_finished
@@ -146,7 +147,7 @@ def run_groups(
             ),
             run_config=RunConfig(
                 name=name if len(settings) == 1 else f"{name}-{number}",
-                storage_path=str(directory.absolute()),
+                **records_in(directory),
                 failure_config=FailureConfig(max_failures=3),
             ),
         )

@@ -12,6 +12,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from cluster.resources import Group, group_size
+from cluster.session import records_in
 from cluster.tuning_schedulers import build_scheduler
 from cluster.tuning_trials import Build, Race, Standing, Work, note_stop, train_trial
 from csm.errors import InputError
@@ -79,7 +80,7 @@ def run_trials(
         tune.run(
             tune.with_resources(tune.with_parameters(train_trial, work=work), resources),
             name=name,
-            storage_path=str(directory.absolute()),
+            **records_in(directory),
             num_samples=-1,
             search_alg=_Asking(ask, room),
             scheduler=build_scheduler(scheduler),

@@ -8,6 +8,7 @@ from typing import Any
 
 from csm import storage
 from csm.errors import InputError
+from csm.locations import location
 from csm.runs import RunSpec
 
 SHARE = 0.25  # of the trials are bad, and as many good
@@ -59,7 +60,7 @@ def perturb(values: Mapping[str, Any], draw: random.Random) -> dict[str, Any]:
 
 def snapshot_path(directory: str | Path, epoch: int) -> Path:
     """Where a run of a population keeps its state after ``epoch``."""
-    return Path(directory) / f"state-{epoch:06d}.pt"
+    return location(directory) / f"state-{epoch:06d}.pt"
 
 
 def population_history(directory: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from cluster.training import RunEvent, TrainingError, fit_many
 from cluster.tuning_population import population_history, snapshot_path, take_over
 from csm import storage
 from csm.errors import InputError
+from csm.locations import location
 from csm.runs import RunSpec, fit_run, is_finished
 from csm.training import OnEpoch
 
@@ -224,7 +225,7 @@ def _history(spec: RunSpec) -> History:
 def note_stop(standing: Standing) -> None:
     """Write down that the scheduler ended a trial, so that it is not trained again."""
     record = {"fingerprint": standing.fingerprint, "history": standing.history}
-    storage.write_json(Path(standing.directory) / "stopped.json", record)
+    storage.write_json(location(standing.directory) / "stopped.json", record)
 
 
 def stopped_history(spec: RunSpec) -> History:

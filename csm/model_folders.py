@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from csm import storage
 from csm.errors import InputError
+from csm.locations import remove
 
 FILES = ["*.json", "model*.safetensors", "merges.txt"]  # of a model on the hub: configurations, words, weights
 
@@ -190,8 +192,9 @@ def _safe(folder: Path, weights: str) -> Iterator[Path]:
 
 def write_model(model: Any, folder: Path) -> None:
     """Save ``model`` so that ``read_model`` reads it, in place of what ``folder`` held: shards of a larger one would be read first."""
-    shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
+    remove(folder)
+    with storage.placing(folder) as here:
+        model.save_pretrained(here)
 
 
 def _weight_files(folder: Path, weights: str) -> list[Path]:

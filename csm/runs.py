@@ -14,6 +14,7 @@ from csm import storage, tables
 from csm.classifiers import Classifier, ClassifierSpec, build_classifier
 from csm.datasets import RealDataset
 from csm.errors import InputError
+from csm.locations import listing, local
 from csm.methods import Method
 from csm.optimization import OptimizerConfig
 from csm.reannotation import Calibration, soft_labels
@@ -190,13 +191,12 @@ def predictions(run: str, classifier: Classifier, data: RealDataset) -> pl.DataF
     return pl.concat(parts)
 
 
-Stamp = tuple[tuple[str, int, int, int], ...]
+Stamp = tuple[tuple[str, str, str], ...]
 
 
 def _stamp(*paths: Path) -> Stamp:
-    """Identifies the files at ``paths`` and directly below them, as a cache key: made anew, they have another inode or time."""
-    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
-    return tuple((str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()])
+    """Identifies the files at and below ``paths``, as a cache key."""
+    return tuple((str(path), name, version) for path in paths for name, (_, version) in sorted(listing(path).items()))
 
 
 @lru_cache(maxsize=1)
@@ -215,7 +215,7 @@ def _mixed_set(source: MixedSource, shape: tuple[int, int, int], n_classes: int,
 
 
 def _read_parts(directory: Path, schema: tables.Schema) -> pl.DataFrame:
-    parts = sorted(directory.glob("part-*.parquet"))
+    parts = sorted(local(directory).glob("part-*.parquet")) if directory.is_dir() else []
     if not parts:
         raise InputError(f"{directory} holds no part file: run csm mix and csm annotate first")
     return pl.concat([tables.read(part, schema) for part in parts])

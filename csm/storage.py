@@ -1,9 +1,13 @@
-"""Files that are either whole or not there: written beside, then renamed into place."""
+"""Files that are either whole or not there: written beside, then renamed into place; on a store, put there at once.
+
+A file on a store (``s3://...``, see ``csm.locations``) is a ``Path`` as any other; who needs a real file asks ``local``.
+"""
 
 import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from csm.errors import InputError
+from csm.locations import cache, is_remote, listing, local, store
 from csm.parameters import expected
 
 T = TypeVar("T")
@@ -24,16 +29,21 @@ T = TypeVar("T")
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; when the block ends well, it replaces ``path`` in one step, else it is removed.
 
-    Two writers of one path do not disturb each other: the temporary name holds the process id, and the last rename wins.
+    Two writers of one path do not disturb each other: the temporary name holds the process id, and the last rename wins. For a path on a
+    store the temporary file is one of this machine, which is then put there as a whole.
 
     Raises:
         OSError: the system refused to write (a full disk, ...), also where the library that wrote put that into an error of its own.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remote = is_remote(path)
+    temporary = _beside(path) if remote else path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
-        os.replace(temporary, path)
+        if remote:
+            store(path).put_file(str(temporary), str(path))
+        else:
+            os.replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a write does not know what it writes to
         raise
@@ -44,6 +54,30 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(int(told[1]), os.strerror(int(told[1])), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def placing(folder: Path) -> Iterator[Path]:
+    """Give a folder to fill, whose files are those of ``folder`` when the block ends well: itself, or a temporary one for a store.
+
+    For libraries that write folders; files that it had before stay.
+    """
+    if not is_remote(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(dir=cache()) as temporary:
+        yield Path(temporary)
+        names = list(listing(Path(temporary)))
+        store(folder).put([str(Path(temporary) / name) for name in names], [str(folder / name) for name in names])
+
+
+def _beside(path: Path) -> Path:
+    """A name of this machine that nobody else has, for what goes to ``path``."""
+    folder = cache() / "writing"
+    folder.mkdir(parents=True, exist_ok=True)
+    number, name = tempfile.mkstemp(suffix=f".{path.name}", dir=folder)
+    os.close(number)
+    return Path(name)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -98,7 +132,7 @@ def _umask() -> int:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a safetensors file; ``InputError`` names a file that is missing or damaged."""
     try:
-        return load_file(path)
+        return load_file(local(path))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except SafetensorError as error:
@@ -117,7 +151,8 @@ def read_state(path: Path) -> dict[str, Any]:
     A damaged state is never replaced silently by a start from zero: the message asks the user to remove it.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file: RuntimeError, EOFError, UnpicklingError, ...
         raise InputError(f"{path} is a damaged training state ({type(error).__name__}): remove it to start from zero") from None
     return state
@@ -131,7 +166,7 @@ def digest(*values: Any) -> str:
 
 def file_digest(path: Path) -> str:
     """16 hexadecimal digits of BLAKE2b over the bytes of ``path``."""
-    with path.open("rb") as file:
+    with local(path).open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 

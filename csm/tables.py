@@ -3,22 +3,25 @@
 A table is a polars frame. Whoever writes one checks it, whoever reads one checks it again, so a column has one meaning everywhere.
 """
 
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from csm.errors import InputError
+from csm.locations import is_remote, local
 from csm.storage import replacing
 
 Schema: TypeAlias = Mapping[str, pl.DataType]
 
 # polars panics, which is no Exception, for some damaged footers.
-_UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
+_UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowInvalid, OSError)
 
 ROW_GROUP = 2048  # rows that a reader of some of a table decodes together
 
@@ -189,6 +192,7 @@ def read(path: Path, schema: Schema, columns: Sequence[str] | None = None, rows:
     """Read and check the table at ``path``; ``InputError`` names a file that is missing, truncated or of another schema.
 
     Of the file no more is read than ``columns`` (in the order of ``schema``) and the row groups of ``rows`` (first, number), if given.
+    From a store it comes as a whole: into memory, or for ``rows``, which are asked for again and again, by ``csm.locations.local``.
     """
     return check(_collect(path, columns, rows), {name: schema[name] for name in columns or schema}, str(path))
 
@@ -205,7 +209,7 @@ def _collect(path: Path, columns: Sequence[str] | None = None, rows: tuple[int, 
     if not path.is_file():
         raise InputError(f"{path} does not exist")
     try:
-        scan = pl.scan_parquet(path)
+        scan = pl.scan_parquet(io.BytesIO(path.read_bytes()) if is_remote(path) and rows is None else local(path))
         if columns is not None:
             scan = scan.select(columns)
         return (scan if rows is None else scan.slice(*rows)).collect()
@@ -217,7 +221,10 @@ def _collect(path: Path, columns: Sequence[str] | None = None, rows: tuple[int, 
 def metadata(path: Path) -> dict[str, str] | None:
     """Return the footer metadata of the parquet file at ``path``, or None if it is missing or not a whole parquet file."""
     try:
-        return dict(pl.read_parquet_metadata(path))
+        if not is_remote(path):
+            return dict(pl.read_parquet_metadata(path))
+        with path.open("rb") as file:
+            return {key.decode(): value.decode() for key, value in (pq.read_metadata(file).metadata or {}).items()}
     except _UNREADABLE:
         return None
 

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,6 +10,8 @@ from typing import Any
 
 from csm import storage
 from csm.errors import InputError
+from csm.locations import cache, is_remote, location, reach, remove
+from flows.store_lock import hold
 
 # Where files are written, besides the root.
 FOLDERS = (
@@ -46,9 +47,22 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Paths below one folder."""
+    """Paths below one folder.
+
+    Attributes:
+        root: on storage that every node sees: a folder, or a place on a store.
+    """
 
     root: Path
+
+    @property
+    def own(self) -> Path:
+        """Where this machine keeps what only a file system can: ``root``, or for one on a store a folder of this machine."""
+        if not is_remote(self.root):
+            return self.root
+        folder = cache() / "workspaces" / storage.digest(str(self.root))
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     @property
     def config(self) -> Path:
@@ -140,10 +154,7 @@ class Workspace:
         """Remove what ``stage`` made, its record first."""
         self._record_path(stage).unlink(missing_ok=True)
         for path in outputs:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
 
     def _record_path(self, stage: str) -> Path:
         return self.root / "stages" / f"{stage}.json"
@@ -154,10 +165,14 @@ def open_workspace(root: Path, create: bool = True) -> Iterator[Workspace]:
     """Make or open the workspace at ``root`` and keep it to this process until the block ends.
 
     Raises:
-        InputError: it cannot be written, it is a file, it does not exist and ``create`` is False, or another process works in it.
+        InputError: it cannot be written, it is a file, it does not exist and ``create`` is False, another process works in it, or its
+            store does not answer.
     """
-    if is_url(root):
-        raise InputError(f"--workspace {root}: URLs are not supported yet; give a folder that every node sees")
+    root = location(root)
+    if is_remote(root):
+        with _open_remote(root, create):
+            yield Workspace(root)
+        return
     if not create and not root.is_dir():
         raise InputError(f"--workspace {root}: does not exist; run `csm run --workspace {root}` first")
     if root.exists() and not root.is_dir():
@@ -185,9 +200,22 @@ def open_workspace(root: Path, create: bool = True) -> Iterator[Workspace]:
         os.close(lock)
 
 
+@contextmanager
+def _open_remote(root: Path, create: bool) -> Iterator[None]:
+    """Keep the place on a store to this process."""
+    try:
+        reach(root)
+    except InputError as error:
+        raise InputError(f"--workspace {error}") from None
+    if not create and not (root / "stages").is_dir():
+        raise InputError(f"--workspace {root}: does not exist; run `csm run --workspace {root}` first")
+    with hold(root / ".lock"):
+        yield
+
+
 def is_url(path: Path) -> bool:
     """Whether ``path`` was given as scheme://..., of which ``Path`` keeps one slash."""
-    return "://" in str(path) or str(path).split("/", 1)[0].endswith(":")
+    return is_remote(path) or "://" in str(path) or str(path).split("/", 1)[0].endswith(":")
 
 
 def _remove_temporaries(root: Path) -> None:

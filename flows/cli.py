@@ -13,7 +13,15 @@ import click
 
 from flows.bench import bench
 from flows.model_commands import calibrate, check, predict
-from flows.options import CONFIG_OPTIONS, OUTPUT_OPTIONS, SHARED_OPTIONS, TRACKING_OPTIONS, print_table, with_options
+from flows.options import (
+    CONFIG_OPTIONS,
+    OUTPUT_OPTIONS,
+    SHARED_OPTIONS,
+    TRACKING_OPTIONS,
+    WORKSPACE_OPTION,
+    print_table,
+    with_options,
+)
 
 # Two processes that share cores wait asleep, not spinning: a spinning thread holds the core that the others need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -218,7 +226,7 @@ def serve(model: str, tracking_uri: str | None, host: str, port: int, max_batch:
 
 
 @cli.command(help="Open the MLflow UI on the workspace's runs.")
-@click.option("--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True)
+@with_options((WORKSPACE_OPTION,))
 @with_options(TRACKING_OPTIONS)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
@@ -231,7 +239,7 @@ def ui(workspace: Path, tracking_uri: str, experiment: str, host: str, port: int
 
 @cli.command(help="Show what differs between trained classifiers: NAMEs are methods, runs or trials, the first is the baseline.")
 @click.argument("names", nargs=-1, metavar="NAME NAME ...")
-@click.option("--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True)
+@with_options((WORKSPACE_OPTION,))
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page too, with reliability diagrams.")
 @with_options(OUTPUT_OPTIONS)
 def compare(names: tuple[str, ...], workspace: Path, html: Path | None, as_json: bool, debug: bool) -> None:
@@ -252,7 +260,7 @@ def compare(names: tuple[str, ...], workspace: Path, html: Path | None, as_json:
 
 
 @cli.command(help="Check this machine, the installation and, with --address, a Ray cluster.")
-@click.option("--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True)
+@with_options((WORKSPACE_OPTION,))
 @click.option("--address", default="local", show_default=True, help="Ray: local, auto, HOST:PORT or ray://HOST:PORT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

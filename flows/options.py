@@ -7,16 +7,33 @@ from typing import Any
 
 import click
 
+from csm.locations import location
 from flows.tracking_address import EXPERIMENT
 
+
+class Place(click.ParamType[Path]):
+    """A folder, or SCHEME://... of a store."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return location(value)
+
+
+WORKSPACE_OPTION = click.option(
+    "--workspace",
+    type=Place(),
+    default=Path("workspace"),
+    show_default=True,
+    metavar="DIR",
+    help="Where all goes: a folder that every node sees, or s3://BUCKET/FOLDER.",
+)
 CONFIG_OPTIONS = (
     click.option("--config", default="demo", show_default=True, help="Name of a bundled configuration, or a .yaml file."),
     click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting, e.g. train.seeds=5; repeatable."
     ),
-    click.option(
-        "--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True, help="Where all goes."
-    ),
+    WORKSPACE_OPTION,
 )
 TRACKING_OPTIONS = (
     click.option(

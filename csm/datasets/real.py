@@ -1,7 +1,6 @@
 """The `real` table and what is known of it: the form that every data set takes."""
 
 import math
-import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from csm import storage, tables
 from csm.errors import InputError
 from csm.generators import ExactGenerator, load_truth
+from csm.locations import remove
 
 CHUNK = 256  # images that are copied at once: bounds the memory beside the images and the table
 
@@ -56,8 +56,8 @@ class RealDataset:
         """Write ``truth/`` if there is one, ``real/part-00000.parquet`` and then ``dataset.json`` below ``directory``."""
         if self.truth is not None:
             self.truth.save(directory / "truth")
-        elif (directory / "truth").exists():  # of the data set that was there before
-            shutil.rmtree(directory / "truth")
+        else:  # of the data set that was there before
+            remove(directory / "truth")
         tables.write(self.frame, directory / "real" / "part-00000.parquet", tables.REAL)
         storage.write_json(directory / "dataset.json", asdict(self.info))
 

@@ -11,6 +11,7 @@ import torch
 
 from csm import tables
 from csm.errors import InputError
+from csm.locations import local
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class FeatureTable:
         return torch.cat(features), torch.cat(labels)
 
     def _parts(self) -> list[Path]:
-        parts = sorted(self.directory.glob("part-*.parquet"))
+        parts = sorted(local(self.directory).glob("part-*.parquet")) if self.directory.is_dir() else []
         if not parts:
             raise InputError(f"{self.directory} holds no features: run csm annotate")
         return parts

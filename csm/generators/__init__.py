@@ -9,6 +9,7 @@ from torch import nn
 
 from csm import storage
 from csm.errors import InputError
+from csm.locations import local
 
 
 class Generator(Protocol):
@@ -134,7 +135,7 @@ def load_generator(directory: Path) -> Generator:
     kind = value.get("kind") if isinstance(value, dict) else None
     if kind not in GENERATORS:
         raise InputError(f"{directory / 'generator.json'}: unknown kind {kind!r}; one of {', '.join(GENERATORS)}")
-    return GENERATORS[kind](directory)
+    return GENERATORS[kind](local(directory))
 
 
 def load_truth(directory: Path) -> ExactGenerator | None:

@@ -22,7 +22,7 @@ def call(capsys, monkeypatch, tmp_path):
     """``call(*arguments)`` runs the command line in this process; gives the exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments):
+    def run(*arguments, **named):
         monkeypatch.setattr(sys, "argv", ["csm", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main([str(argument) for argument in arguments])
@@ -36,7 +36,7 @@ def call(capsys, monkeypatch, tmp_path):
 def refused(call):
     """``refused(*arguments)`` runs a command that must be refused and gives its one line, without ``csm: ``."""
 
-    def run(*arguments):
+    def run(*arguments, **named):
         code, out, err = call(*arguments)
         assert code == 2, err
         assert out == ""
@@ -352,7 +352,7 @@ def test_another_configuration_in_a_finished_workspace(refused, finished, snapsh
 
 
 def test_a_failure_is_exit_1_in_one_line_and_debug_shows_where(call, monkeypatch):
-    def broken(*arguments):
+    def broken(*arguments, **named):
         raise RuntimeError("first line\nsecond line")
 
     monkeypatch.setattr("flows.run.run_verb", broken)
@@ -366,7 +366,7 @@ def test_a_failure_is_exit_1_in_one_line_and_debug_shows_where(call, monkeypatch
 
 
 def test_an_interrupt_is_exit_130_in_one_line(call, monkeypatch):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **named):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flows.run.run_verb", interrupted)
@@ -374,7 +374,7 @@ def test_an_interrupt_is_exit_130_in_one_line(call, monkeypatch):
 
 
 def test_a_full_disk_says_so(call, monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **named):
         raise OSError(28, "No space left on device", "/w/mixed/part")
 
     monkeypatch.setattr("flows.run.run_verb", full)

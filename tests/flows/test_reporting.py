@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
+from csm.search.importance import Importance
 from csm.tables import METRICS
 from flows import reporting
 from flows.reliability import Predictions, Reliability
@@ -532,7 +533,7 @@ def test_annotators_have_a_table_and_their_plots():
 
 
 def test_a_sweep_is_told_with_its_failures():
-    sweep = lay_out(FRAME, PARAMETERS, TRIED, {"nll": [{"key": "method", "beside": "a=b", "share": 0.4}]})
+    sweep = lay_out(FRAME, PARAMETERS, TRIED, [Importance("method", "a=b", 0.4, 5)])
     text = render(replace(report(), sweep=sweep))
     page = Page(text)
     words = " ".join(page.text("p"))
@@ -549,7 +550,7 @@ def test_a_sweep_is_told_with_its_failures():
 
 
 def test_a_sweep_without_a_finished_trial_is_told():
-    nothing = lay_out(FRAME.filter(status="failed"), PARAMETERS, TRIED, {})
+    nothing = lay_out(FRAME.filter(status="failed"), PARAMETERS, TRIED, [])
     assert "No trial came to its end, so there is no best one." in render(replace(report(), sweep=nothing))
 
 

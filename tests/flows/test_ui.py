@@ -165,8 +165,8 @@ def test_a_server_that_is_down_is_said_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(InputError, match="no MLflow store answers there \\(it cannot be reached\\)"):
         serve(tmp_path, "127.0.0.1", 5001, f"http://127.0.0.1:{free_port()}", EXPERIMENT)
-    for driver, reason in (("+psycopg2", "it cannot be reached"), ("+nodriver", ".*nodriver")):
-        with pytest.raises(InputError, match=rf"no MLflow store answers there \({reason}") as refusal:
+    for driver, reason in (("+psycopg2", r"no MLflow store answers there \(it cannot be reached"), ("+nodriver", ".*nodriver")):
+        with pytest.raises(InputError, match=reason) as refusal:
             serve(tmp_path, "127.0.0.1", 5001, f"postgresql{driver}://me:secret@127.0.0.1:{free_port()}/mlflow", EXPERIMENT)
         assert "secret" not in str(refusal.value)
 
