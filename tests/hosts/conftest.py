@@ -36,7 +36,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 def launched(hosts: Hosts) -> Launched:
     """``ray_cluster.yaml`` brought up on them."""
     cluster = Launched(hosts)
-    cluster.up()
+    cluster.repair()
     return cluster
 
 

@@ -46,7 +46,7 @@ class Launched:
         if len(self.nodes()) != len(self.hosts.names):
             self.up()
 
-    def up(self, timeout: float = 120.0) -> None:
+    def up(self, timeout: float = 300.0) -> None:
         """``ray up``, and wait for all workers. Also mends a cluster of which something was lost."""
         started = time.monotonic()
         self.hosts.run(CTL, "test -e ~/.ray/auth_token || ray get-auth-token --generate")

@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 CODE = Path(__file__).parents[2]
@@ -219,6 +220,19 @@ class Running:
         """Its return code, when it has ended; ``subprocess.TimeoutExpired`` if it has not by then."""
         return self._process.wait(timeout)
 
+    def kill(self) -> None:
+        """SIGKILL to the command and to all that it started and did not detach, and wait for its end."""
+        for process in reversed(_below(self._process.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self._process.wait(10)
+
+
+def _below(process: int) -> list[int]:
+    """Children of a process, their children, ..., parents first."""
+    children = [int(pid) for path in Path(f"/proc/{process}/task").glob("*/children") for pid in path.read_text().split()]
+    return children + [pid for child in children for pid in _below(child)]
+
 
 def make_image(folder: Path) -> None:
     """The home folder of a host that a careful administrator prepared for life without internet: ~/csm-venv with all packages but csm."""
@@ -235,7 +249,8 @@ def make_image(folder: Path) -> None:
     pip = folder / ".config" / "pip" / "pip.conf"
     pip.parent.mkdir(parents=True)
     pip.write_text("[global]\nno-index = true\nno-build-isolation = false\n")
-    (folder / ".bashrc").touch()
+    # Ray's workers are nice to the rest of a machine; here the rest is all the other hosts.
+    (folder / ".bashrc").write_text("export RAY_worker_niceness=0\n")
 
 
 def check_machine() -> None:
