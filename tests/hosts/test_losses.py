@@ -257,5 +257,5 @@ def test_a_shard_that_kills_its_workers_is_set_aside(run, whole, cluster, hosts,
     run.check(whole.workspace)
     seconds = json.loads((run.workspace / "stages" / "mix.json").read_text())["seconds"]
     late = seconds - again["seconds"] - usual_seconds(whole)
-    happened = f"set aside after three tries and named, the other {SHARDS - 1} finished, exit 1; made by the same command without the poison"
+    happened = f"set aside after three tries and named, the other {SHARDS - 1} finished, exit 1; the same command made it later"
     tell("a shard that kills its workers", happened, late, "of mixing the other ones, beside the time without it")
