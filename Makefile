@@ -8,10 +8,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check bench clean
+.PHONY: help setup demo test test-all cluster-test check bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'Variables: PYTHON=/path/to/python3.11 (for setup), ARGS="..." (added to the command of demo, test, test-all, bench)'
 
 setup: $(INSTALLED) ## make .venv and install csm there with the versions of constraints.txt
@@ -23,7 +23,11 @@ test: $(INSTALLED) ## the tests, without the slow ones
 	$(PYTEST) $(ARGS)
 
 test-all: $(INSTALLED) ## every test; those marked gpu only where torch finds one
-	$(PYTEST) -m "$$($(BIN)/python -c 'import torch; print("" if torch.cuda.is_available() else "not gpu")')" $(ARGS)
+	$(PYTEST) -m "$$($(BIN)/python -c 'import torch; print("not hosts" if torch.cuda.is_available() else "not hosts and not gpu")')" $(ARGS)
+
+cluster-test: $(INSTALLED) ## the tests on isolated hosts, whose machines and networks fail; needs root
+	@test "$$(id -u)" = 0 || { echo 'make cluster-test makes isolated hosts, which only root can: sudo make cluster-test' >&2; exit 2; }
+	$(BIN)/pytest -m hosts tests/hosts $(ARGS)
 
 check: $(INSTALLED) ## lint, format, types, and the import rule between the storeys
 	$(BIN)/ruff check

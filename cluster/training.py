@@ -1,18 +1,17 @@
 """Trainings of classifiers in Ray Train worker groups: many to a group, each by one worker or by all of them."""
 
-import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
-from ray.train.torch import TorchTrainer, get_device
-from ray.util.queue import Empty, Queue
+from ray.train import get_context
 
+from cluster.groups import FAILED, Events, Pace, Setback, run_groups, worker_device, workers_now
 from cluster.resources import Group, group_size
-from cluster.session import records_in, share
+from cluster.session import share
 from cluster.streaming import open_stream
 from csm.errors import InputError
 from csm.runs import RunSpec, fit_run, is_finished
@@ -20,10 +19,17 @@ from csm.world import ALONE, World
 
 
 class RunEvent(NamedTuple):
-    """What the driver hears of a training: an epoch's values, that it is done, or why it failed ("broken": it is tried again)."""
+    """What the driver hears of a training.
+
+    Attributes:
+        run: its name; "" of "lost".
+        kind: an "epoch" with its ``values``; "done"; "failed" by ``error``; "broken" by ``error``, so that it is tried again; "lost": a
+            group starts again because of ``error``, with ``values`` "workers" that are gone; "resumed": after that, from ``epoch``, with
+            what it cost in seconds as ``values``: "repeated" (work that is done again) and "late" (against the time without the loss).
+    """
 
     run: str
-    kind: Literal["epoch", "done", "failed", "broken"]
+    kind: Literal["epoch", "done", "failed", "broken", "lost", "resumed"]
     epoch: int
     values: dict[str, float]
     error: str
@@ -54,8 +60,8 @@ def fit_many(
 
     A worker group costs seconds, so small trainings share one: worker r of n takes runs r, r + n, ... With ``together`` above 1 there
     are as many groups of that many workers as ``group`` has room for, and group r of n takes runs r, r + n, ...; the workers of a group
-    share every batch, see ``csm.training.fit``. A lost worker restarts its group, up to three times: finished runs stay, the others go
-    on from their last state. A run that fails is reported once and leaves the others alone.
+    share every batch, see ``csm.training.fit``. A lost worker restarts its group, smaller if there is no room for as many: finished runs
+    stay, the others go on from their last state. A run that fails is reported once and leaves the others alone.
 
     Args:
         specs: the runs; their folders are on storage that every node sees.
@@ -72,31 +78,45 @@ def fit_many(
     todo = [spec for spec in specs if not is_finished(spec)]
     if not todo:
         return
+    shares = _shares(todo, group, together)
     errors: dict[str, str] = {}
     broken: list[RunEvent] = []  # by what may be mended by another try; the last one is why there was none
+    ended: set[str] = set()
+    paces: dict[str, Pace] = defaultdict(Pace)
 
-    def hear(item: Any) -> None:
+    def hear(item: Any) -> bool:
         event = RunEvent(*item)
         if event.kind == "broken":
             broken.append(event)
-            return
+            return False
+        if event.kind != "epoch":
+            ended.add(event.run)
+        new = event.kind != "epoch" or event.epoch not in paces[event.run].times
+        if event.kind == "epoch" and (delay := paces[event.run].hear(event.epoch)) is not None:
+            cost = {"repeated": delay.repeated, "late": delay.late}
+            on_event(RunEvent(event.run, "resumed", delay.step, cost, ""))
         on_event(event)
         if event.kind == "failed":
             errors[event.run] = event.error
+        return new
 
-    if together == 1:
-        workers, shares = group_size(group, len(todo), share()), [todo]
-    else:
-        workers = together
-        size = group_size(group, len(todo) * together, share())
-        if size < together:
-            size = group_size(replace(group, workers=together), together, share())
-        shares = [todo[number :: size // together] for number in range(min(size // together, len(todo)))]
-        if 0 < group.gpus < 1:
-            raise InputError(f"resources.train.gpus: expected 0 or at least 1 for each of {together} workers, got {group.gpus:g}")
+    def prepare(number: int, again: bool) -> tuple[int, dict[str, Any]]:
+        left = [spec for spec in shares[number] if spec.run not in ended]
+        if not left:
+            return 0, {}
+        if together > 1:
+            group_size(replace(group, workers=together), together, share())
+        workers = together if together > 1 else workers_now(group, len(left), again)
+        return workers, {"specs": left, "together": together}
+
+    def lose(number: int, setback: Setback) -> None:
+        for spec in shares[number]:
+            paces[spec.run].interrupt()
+        reason = f"{FAILED} ({broken[-1].error})" if setback.reason == FAILED and broken else setback.reason
+        on_event(RunEvent("", "lost", 0, {"workers": float(setback.workers)}, reason))
+
     try:
-        settings = [{"specs": share, "together": together} for share in shares]
-        run_groups(_train_share, settings, workers, group, directory, name, hear)
+        run_groups(_train_share, len(shares), prepare, group, directory, name, hear, lose)
     except Exception as error:
         if broken:
             raise RuntimeError(f"training {broken[-1].run}: {broken[-1].error}") from error
@@ -108,70 +128,16 @@ def fit_many(
         raise RuntimeError(f"{len(unfinished)} of {len(todo)} trainings did not finish, among them {unfinished[0]}: run again")
 
 
-def run_groups(
-    work: Callable[[dict[str, Any]], None],
-    settings: Sequence[dict[str, Any]],
-    workers: int,
-    group: Group,
-    directory: Path,
-    name: str,
-    on_event: Callable[[Any], None],
-) -> None:
-    """Call ``work`` in every worker of Ray Train groups that run at once; when a worker is lost or raises, its group starts again, up to
-    three times.
-
-    Args:
-        work: called with its group's settings and two more: ``events``, a queue to the driver, and ``threads``, torch threads for a worker.
-        settings: what the workers need; for each item there is a group.
-        workers: size of each group.
-        group: what each worker takes.
-        directory: where Ray Train keeps its own records.
-        name: of the groups, for those records.
-        on_event: called in the driver with everything that is put into the queue, in order for each worker.
-
-    Raises:
-        Exception: Ray Train's, after the last attempt of a group; the other groups have come to their end.
-    """
-    events = Queue(actor_options={"num_cpus": 0})
-    outcome: list[BaseException] = []
-    threads = []
-    for number, values in enumerate(settings):
-        trainer = TorchTrainer(
-            work,
-            train_loop_config={**values, "events": events, "threads": max(1, round(group.cpus))},
-            scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=group.gpus > 0,
-                resources_per_worker={"CPU": group.cpus} | ({"GPU": group.gpus} if group.gpus else {}),
-            ),
-            run_config=RunConfig(
-                name=name if len(settings) == 1 else f"{name}-{number}",
-                **records_in(directory),
-                failure_config=FailureConfig(max_failures=3),
-            ),
-        )
-        threads.append(threading.Thread(target=_keep_error, args=(trainer.fit, outcome), daemon=True))
-    for thread in threads:
-        thread.start()
-    try:
-        while any(thread.is_alive() for thread in threads) or not events.empty():
-            try:
-                event = events.get(timeout=0.5)
-            except Empty:
-                continue
-            on_event(event)
-    finally:
-        events.shutdown(force=True)
-    if outcome:
-        raise outcome[0]
-
-
-def worker_device() -> torch.device:
-    """This worker's device: its GPU if its group has any, with products in TF32, which convolutions use by default."""
-    device = get_device()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    return device
+def _shares(todo: Sequence[RunSpec], group: Group, together: int) -> list[Sequence[RunSpec]]:
+    """The runs of each group; ``InputError`` if the workers do not fit the cluster."""
+    if together == 1:
+        return [todo]
+    if 0 < group.gpus < 1:
+        raise InputError(f"resources.train.gpus: expected 0 or at least 1 for each of {together} workers, got {group.gpus:g}")
+    size = group_size(group, len(todo) * together, share())
+    if size < together:
+        size = group_size(replace(group, workers=together), together, share())
+    return [todo[number :: size // together] for number in range(min(size // together, len(todo)))]
 
 
 def _train_share(config: dict[str, Any]) -> None:
@@ -189,7 +155,7 @@ def _train_share(config: dict[str, Any]) -> None:
             events.put((spec.run, "done", 0, {}, ""))
 
 
-def _try_run(spec: RunSpec, device: torch.device, world: World, events: Queue) -> Exception | None:
+def _try_run(spec: RunSpec, device: torch.device, world: World, events: Events) -> Exception | None:
     """Fit ``spec``; give the error that ended it on every rank alike, so that the others can go on to the next run."""
 
     def on_epoch(epoch: int, values: dict[str, float]) -> None:
@@ -206,10 +172,3 @@ def _try_run(spec: RunSpec, device: torch.device, world: World, events: Queue) -
         events.put((spec.run, "broken", 0, {}, f"{type(error).__name__}: {error}"))
         raise
     return None
-
-
-def _keep_error(function: Callable[[], Any], outcome: list[BaseException]) -> None:
-    try:
-        function()
-    except BaseException as error:  # it is raised again in the caller's thread
-        outcome.append(error)

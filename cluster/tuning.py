@@ -1,5 +1,6 @@
 """Sweeps over trainings on Ray Tune: trials are asked for one by one, raced against each other, and heard of in the driver."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -11,20 +12,23 @@ import ray.util.client
 from ray import tune
 from ray.tune.search import Searcher
 
+from cluster.groups import RETRIES, Pace, describe_loss
 from cluster.resources import Group, group_size
 from cluster.session import records_in, share
 from cluster.tuning_schedulers import build_scheduler
 from cluster.tuning_trials import Build, Race, Standing, Work, note_stop, train_trial
 from csm.errors import InputError
 
-RETRIES = 3  # of a trial whose process was lost
-
 
 class TrialEvent(NamedTuple):
-    """What the driver hears of a trial: that it started, an epoch of one of its seeds, and how it ended."""
+    """What the driver hears of a trial: that it started, an epoch of one of its seeds, and how it ended.
+
+    In between its process may be "lost", because of ``error``, and "resumed" from ``epoch``, with what that cost in ``values``: see
+    ``cluster.training.RunEvent``.
+    """
 
     trial: int
-    kind: Literal["started", "epoch", "done", "stopped", "failed"]
+    kind: Literal["started", "epoch", "lost", "resumed", "done", "stopped", "failed"]
     seed: int
     epoch: int
     values: dict[str, float]
@@ -46,7 +50,8 @@ def run_trials(
 
     A trial trains its specs one after the other with ``csm.runs.fit_run``, in a process that goes on with the next trial; with
     ``together`` above 1, each by a Ray Train group of that many workers. A trial that fails leaves the others alone; one whose process is
-    lost goes on from its last state, up to three times. One that was trained before, or in part, is asked again by the caller: it only
+    lost goes on from its last state, in another process: as often as there was something new in between, but at most three times
+    without. One that was trained before, or in part, is asked again by the caller: it only
     repeats what it has behind it, so ``on_event`` hears all of it again and the scheduler compares with it, and it is not trained twice.
 
     Args:
@@ -59,8 +64,9 @@ def run_trials(
         together: workers that train each run.
         directory: where Ray keeps its own records.
         name: of the sweep, for those records.
-        on_event: called in the driver: "started", then the epochs of each seed in order, each once, then one of "done", "stopped" (by
-            the scheduler) and "failed" with a line of error (``cluster.training.BY_USER`` begins it if the user can mend it).
+        on_event: called in the driver: "started", then the epochs of each seed in order, each once (and "lost" and "resumed" between
+            them), then one of "done", "stopped" (by the scheduler) and "failed" with a line of error (``cluster.training.BY_USER``
+            begins it if the user can mend it).
         concurrent: trials at once at most; 0: as many as fit.
 
     Raises:
@@ -144,7 +150,10 @@ class _Hearing(tune.Callback):
         self.on_event = on_event
         self.waiting: list[TrialEvent] = []
         self.open: set[int] = set()  # numbers of trials that have started and not ended
-        self.epochs: dict[tuple[int, int], int] = {}  # (number, seed) -> the last one heard: a trial tried again repeats them
+        self.paces: dict[int, dict[int, Pace]] = defaultdict(
+            lambda: defaultdict(Pace)
+        )  # number -> seed -> epochs that were heard
+        self.known: dict[int, int] = {}  # number -> epochs that were heard before it was last lost
         self.stops: dict[int, Standing] = {}  # number -> where it stood when the scheduler ended it
         self.trials: Sequence[Any] = ()
 
@@ -166,10 +175,27 @@ class _Hearing(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         number = trial.config["number"]
-        for seed, epoch, values in result.pop("events"):
-            if epoch > self.epochs.get((number, seed), 0):
-                self.epochs[number, seed] = epoch
+        for event in result.pop("losses"):
+            self.waiting.append(TrialEvent(number, event.kind, 0, event.epoch, event.values, event.error))
+        for seed, epoch, values, replayed in result.pop("events"):
+            pace = self.paces[number][seed]
+            new = epoch not in pace.times
+            if (new or not replayed) and (delay := pace.hear(epoch)) is not None:
+                cost = {"repeated": delay.repeated, "late": delay.late}
+                self.waiting.append(TrialEvent(number, "resumed", seed, delay.step, cost, ""))
+            if new:
                 self.waiting.append(TrialEvent(number, "epoch", seed, epoch, values, ""))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        number = trial.config["number"]
+        heard = sum(len(pace.times) for pace in self.paces[number].values())
+        if heard > self.known.get(number, 0):
+            trial.run_metadata.num_failures = 1  # what Tune counts up to ``RETRIES`` are losses without anything new in between
+        self.known[number] = heard
+        for pace in self.paces[number].values():
+            pace.interrupt()
+        why = Path(trial.error_file).read_text().rpartition("Failure #")[2]  # Tune keeps what it says of all losses in one file
+        self.waiting.append(TrialEvent(number, "lost", 0, 0, {"workers": 1.0}, describe_loss([why])))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result

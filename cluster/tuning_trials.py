@@ -88,9 +88,9 @@ class Standing:
 def train_trial(config: dict[str, Any], work: Work) -> None:
     """Train trial ``config["number"]`` with ``config["values"]``, in a Tune actor.
 
-    Every report holds ``events``: (seed, epoch, values) of the epochs since the last one. One on which the scheduler decides has the
-    epoch and its metric as well, and its ``standing``. The last one has ``end``: "done", "stopped" or "failed", the latter with
-    ``error``.
+    Every report holds ``events``: (seed, epoch, values, replayed) of the epochs since the last one, and ``losses``: what the trial's own
+    worker group lost. One on which the scheduler decides has the epoch and its metric as well, and its ``standing``. The last one has
+    ``end``: "done", "stopped" or "failed", the latter with ``error``.
     """
     report = _Report()
     try:
@@ -106,18 +106,22 @@ class _Report:
     """What the driver is still to be told."""
 
     def __init__(self) -> None:
-        self.events: list[tuple[int, int, dict[str, float]]] = []
+        self.events: list[tuple[int, int, dict[str, float], bool]] = []
+        self.losses: list[RunEvent] = []
         self.last = time.monotonic()
 
-    def add(self, seed: int, epoch: int, values: dict[str, float]) -> None:
-        self.events.append((seed, epoch, values))
+    def add(self, seed: int, epoch: int, values: dict[str, float], replayed: bool) -> None:
+        self.events.append((seed, epoch, values, replayed))
         if time.monotonic() - self.last >= REPORT_SECONDS:
             self.send()
 
+    def lose(self, event: RunEvent) -> None:
+        self.losses.append(event)
+
     def send(self, **fields: Any) -> None:
         """Tell it; comes back when the driver wants the trial to go on, and ends the thread if it does not."""
-        ray.tune.report({"events": self.events, **fields})
-        self.events, self.last = [], time.monotonic()
+        ray.tune.report({"events": self.events, "losses": self.losses, **fields})
+        self.events, self.losses, self.last = [], [], time.monotonic()
 
 
 def _train(config: dict[str, Any], work: Work, report: _Report) -> dict[str, Any]:
@@ -131,12 +135,12 @@ def _train(config: dict[str, Any], work: Work, report: _Report) -> dict[str, Any
     def tell(spec: RunSpec, epoch: int, measured: dict[str, float], replayed: bool = False) -> None:
         nonlocal final
         if spec is not first or race.kind == "none":
-            report.add(spec.seed, epoch, measured)
+            report.add(spec.seed, epoch, measured, replayed)
             return
         if race.metric not in measured:
             raise InputError(f"tune.scheduler.metric: a training tells {', '.join(measured)} of an epoch, not {race.metric}")
         history.append({"epoch": epoch, **measured})
-        report.events.append((spec.seed, epoch, measured))
+        report.events.append((spec.seed, epoch, measured, replayed))
         if epoch == spec.optimizer.epochs:
             final = {
                 "epoch": epoch,
@@ -165,7 +169,7 @@ def _train(config: dict[str, Any], work: Work, report: _Report) -> dict[str, Any
             tell(spec, int(past.pop("epoch")), past, replayed=True)
         if stopped:
             return {"end": "stopped"}
-        _fit(spec, partial(tell, spec), on_state if race.kind == "pbt" else None, config["number"], work)
+        _fit(spec, partial(tell, spec), on_state if race.kind == "pbt" else None, report.lose, config["number"], work)
     return {"end": "done", **final}
 
 
@@ -191,17 +195,28 @@ def _specs(config: dict[str, Any], work: Work) -> tuple[RunSpec, ...]:
     return work.build(number, taken[-1]["values"]) if taken else specs
 
 
-def _fit(spec: RunSpec, on_epoch: OnEpoch, on_state: Callable[[dict[str, Any]], None] | None, number: int, work: Work) -> None:
+def _fit(
+    spec: RunSpec,
+    on_epoch: OnEpoch,
+    on_state: Callable[[dict[str, Any]], None] | None,
+    on_loss: Callable[[RunEvent], None],
+    number: int,
+    work: Work,
+) -> None:
     """Train ``spec`` here, or by a worker group of its own."""
     if is_finished(spec):
         return
     if work.together > 1:
         group = replace(work.group, workers=work.together)
         name = f"{work.name}-trial-{number}-seed{spec.seed}"
+        heard: set[int] = set()  # a group that starts again tells some epochs again
 
         def hear(event: RunEvent) -> None:
-            if event.kind == "epoch":
+            if event.kind == "epoch" and event.epoch not in heard:
+                heard.add(event.epoch)
                 on_epoch(event.epoch, event.values)
+            elif event.kind in ("lost", "resumed"):
+                on_loss(event)
 
         fit_many([spec], group, work.directory, name, hear, work.together)
         return

@@ -10,6 +10,7 @@ from csm.datasets import RealDataset
 from csm.shift_metrics import ShiftJob, is_measured, read_shift_metrics
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
+from flows.losses import tell_loss
 from flows.progress import task
 from flows.shift import shift_files, shift_record
 from flows.stages import Context, Made, Stage
@@ -36,7 +37,10 @@ def _run(context: Context, record: StageRecord) -> Made:
             def on_measured(measured: Measured) -> None:
                 progress.advance(1, "classifiers")
 
-            measure_shifts(jobs, context.config.resources.train, on_measured)
+            def on_lost(run: str) -> None:
+                tell_loss(context, record.name, f"the worker that measured {run} was lost; another one starts")
+
+            measure_shifts(jobs, context.config.resources.train, on_measured, on_lost)
     metrics = pl.concat([read_shift_metrics(job) for job in jobs])
     tables.write(metrics, workspace.shift_metrics, tables.SHIFT_METRICS)
     context.tracker.log_file(context.parent_key, workspace.shift_metrics)

@@ -11,6 +11,7 @@ from csm.mixing import sample
 from csm.plots import image_grid
 from csm.sampling import SamplerConfig
 from flows.artifacts import StageRecord
+from flows.losses import tell_delay, tell_loss
 from flows.progress import task
 from flows.stages import Context, Made
 
@@ -46,9 +47,16 @@ def fit(context: Context, record: StageRecord) -> list[float]:
             fit_job(job, on_step)
         else:
             from cluster.fitting import fit_in_group
+            from cluster.groups import Delay, Setback
+
+            def on_loss(loss: Setback | Delay) -> None:
+                if isinstance(loss, Delay):
+                    tell_delay(context, record.name, f"goes on from step {loss.step}", loss.repeated, loss.late)
+                else:
+                    tell_loss(context, record.name, loss.reason, loss.workers)
 
             context.connect()
-            fit_in_group(job, group, workspace.root / "ray", record.name, on_step)
+            fit_in_group(job, group, workspace.root / "ray", record.name, on_step, on_loss)
     return losses
 
 

@@ -15,6 +15,7 @@ from csm.metrics import METRICS
 from csm.runs import RunSpec
 from csm.search.study import Study
 from flows.artifacts import Workspace
+from flows.losses import tell_delay, tell_loss
 from flows.networks import check_train
 from flows.progress import Task, task
 from flows.stages import Context
@@ -188,6 +189,13 @@ class Trials:
 
     def _hear(self, event: TrialEvent, progress: Task) -> None:
         number, record = event.trial, self.records[event.trial]
+        if event.kind == "lost":
+            reason = f"trial {number}: {event.error}; it starts again from its last state"
+            tell_loss(self.context, "tune", reason, int(event.values["workers"]))
+            return
+        if event.kind == "resumed":
+            tell_delay(self.context, "tune", f"trial {number} goes on from epoch {event.epoch}", **event.values)
+            return
         if record.status in ENDS:  # repeated for the scheduler alone
             return
         if event.kind == "started":

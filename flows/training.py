@@ -1,6 +1,7 @@
 """Classifiers trained over Ray, each with a run of its own in MLflow."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +11,7 @@ from cluster.training import RunEvent, fit_many
 from csm import storage, tables
 from csm.datasets import RealDataset
 from csm.runs import RunSpec, is_finished
+from flows.losses import tell_delay, tell_loss
 from flows.progress import task
 from flows.stages import Context
 from flows.tracking_inputs import mixed_input, real_input
@@ -28,6 +30,7 @@ def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -
     context.connect()
     by_name = {spec.run: spec for spec in todo}
     heard: dict[str, list[tuple[int, dict[str, float]]]] = {}  # epochs of the classifiers that are being trained
+    trained = Counter[str]()  # epochs that each has behind it
     with task(name, sum(spec.optimizer.epochs for spec in todo)) as progress:
         done, told = 0, time.monotonic()
 
@@ -39,13 +42,22 @@ def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -
 
         def on_event(event: RunEvent) -> None:
             nonlocal done, told
+            if event.kind == "lost":
+                reason = f"{event.error}; classifiers start again from their last states"
+                tell_loss(context, name, reason, int(event.values["workers"]))
+                return
             spec = by_name[event.run]
             if event.run not in heard:
                 _open_run(context, spec, kind)
             epochs = heard.setdefault(event.run, [])
+            if event.kind == "resumed":
+                tell_delay(context, name, f"{event.run} goes on from epoch {event.epoch}", **event.values)
+                return
             if event.kind == "epoch":
+                if event.epoch > trained[event.run]:
+                    progress.advance(event.epoch - trained[event.run], f"{done}/{len(todo)} classifiers")
+                    trained[event.run] = event.epoch
                 epochs.append((event.epoch, event.values))
-                progress.advance(1, f"{done}/{len(todo)} classifiers")
                 if time.monotonic() - told > TRACKED_SECONDS:
                     told = time.monotonic()
                     tell()

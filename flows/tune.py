@@ -110,6 +110,10 @@ def _conclude(trials: Trials) -> tuple[dict[str, Any], list[Table]]:
     values = {f"val_{name}": estimate[0] for name, estimate in ranked[0].val.items()}
     values |= {f"test_{name}": estimate[0] for name, estimate in test[ranked[0].number].items()}
     totals = {"trials": float(len(records)), "failed": float(failed), "best_trial": float(ranked[0].number)}
+    lost = context.losses.get("tune")
+    if lost:
+        say(f"tune: {lost}")
+        totals |= {"workers_lost": float(lost.workers), "seconds_lost": round(lost.seconds, 3)}
     context.tracker.log_metrics(context.parent_key, {**totals, **values})
     for file in (folder.table, folder.best):
         context.tracker.log_file(context.parent_key, file)
@@ -122,6 +126,7 @@ def _conclude(trials: Trials) -> tuple[dict[str, Any], list[Table]]:
         "best_yaml": str(folder.best),
         "sweep": str(folder.table),
         "model": str(folder.model),
+        **({"workers_lost": lost.workers, "seconds_lost": round(lost.seconds, 3)} if lost else {}),
     }
     shown = [trials_table(records, settings, test), *([importance_table(mattered, objective)] if mattered else [])]
     return result, shown

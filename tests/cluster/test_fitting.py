@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cluster.fitting import fit_in_group
+from cluster.groups import Delay, Setback
 from cluster.resources import Group
 from csm import storage
 from csm.datasets.real import build
@@ -50,7 +51,7 @@ def fit_directly(job: FitJob) -> list[tuple[int, float]]:
 
 def fit(job: FitJob, group: Group, tmp_path: Path) -> list[tuple[int, float]]:
     steps: list[tuple[int, float]] = []
-    fit_in_group(job, group, tmp_path / "ray", "test", lambda step, loss: steps.append((step, loss)))
+    fit_in_group(job, group, tmp_path / "ray", "test", lambda step, loss: steps.append((step, loss)), pytest.fail)
     return steps
 
 
@@ -84,6 +85,7 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_state(data,
     job = FitJob(data, tmp_path, replace(CONFIG, steps=400, checkpoint_steps=20), "fingerprint")
     raylet = ray_head.all_processes["raylet"][0].process.pid
     told: list[int] = []
+    losses: list[Setback | Delay] = []
     killed: list[int] = []
 
     def on_step(step: int, loss: float) -> None:
@@ -94,7 +96,7 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_state(data,
             killed.append(max(workers))
             os.kill(killed[0], signal.SIGKILL)
 
-    fit_in_group(job, TWO, tmp_path / "ray", "test", on_step)
+    fit_in_group(job, TWO, tmp_path / "ray", "test", on_step, losses.append)
     assert processes.left(killed, 5) == []
     starts = [number for number, step in enumerate(told) if step == 1]
     assert len(starts) == 2
@@ -102,6 +104,13 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_state(data,
     assert told[starts[1] :] == list(range(1, 401))
     state = storage.read_state(tmp_path / "state.pt")
     assert (state["training"]["step"], len(state["losses"])) == (380, 380)
+    setback, delay = losses
+    assert isinstance(setback, Setback)
+    assert setback.workers == 1
+    assert isinstance(delay, Delay)
+    assert 0 < delay.step <= starts[1]
+    assert delay.step % 20 == 0
+    assert delay.late > delay.repeated >= 0
 
 
 @pytest.mark.slow
@@ -125,6 +134,6 @@ def test_a_group_that_does_not_fit_is_refused_before_work(group, message, data, 
 
 
 def test_workers_do_not_share_a_gpu(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("cluster.fitting.ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    monkeypatch.setattr("cluster.groups.share", lambda: {"CPU": 4.0, "GPU": 1.0})
     with pytest.raises(InputError, match=r"resources\.fit\.gpus: expected 0 or at least 1 for each of 2 workers, got 0\.5"):
         fit(FitJob(data, tmp_path, CONFIG, "fingerprint"), Group(workers=2, gpus=0.5), tmp_path)

@@ -58,17 +58,17 @@ def elsewhere(jobs: list[ShiftJob], root: Path) -> list[ShiftJob]:
 def test_tasks_equal_direct_calls_and_are_done_once(jobs: list[ShiftJob], tmp_path: Path) -> None:
     heard: list[Measured] = []
     spread = elsewhere(jobs, tmp_path / "spread")
-    measure_shifts(spread, Group(), heard.append)
+    measure_shifts(spread, Group(), heard.append, pytest.fail)
     assert sorted(heard) == [Measured("ce-seed0", 2, None), Measured("ce-seed1", 2, None)]
     for job, direct in zip(spread, elsewhere(jobs, tmp_path / "direct"), strict=True):
         measure_shift(direct)
         assert read_shift_metrics(job).equals(read_shift_metrics(direct))
         assert np.isfinite(read_shift_metrics(job)["value"].to_numpy()).all()
     times = [job.result.stat().st_mtime_ns for job in spread]
-    measure_shifts(spread, Group(), pytest.fail)  # all is done: no task, and nobody is told
+    measure_shifts(spread, Group(), pytest.fail, pytest.fail)  # all is done: no task, and nobody is told
     assert [job.result.stat().st_mtime_ns for job in spread] == times
     spread[2].result.unlink()  # as an interruption leaves it
-    measure_shifts(spread, Group(workers=1), heard.append)
+    measure_shifts(spread, Group(workers=1), heard.append, pytest.fail)
     assert heard[2:] == [Measured("ce-seed1", 1, None)]
     assert [job.result.stat().st_mtime_ns == time for job, time in zip(spread, times, strict=True)] == [True, True, False, True]
 
@@ -79,7 +79,7 @@ def test_a_classifier_that_cannot_be_used_is_named_and_the_others_are_measured(j
     weights.write_bytes(weights.read_bytes()[:-50])
     heard: list[Measured] = []
     with pytest.raises(InputError, match=r"ce-seed0/model\.safetensors is not a whole safetensors file") as caught:
-        measure_shifts(spread, Group(workers=1), heard.append)
+        measure_shifts(spread, Group(workers=1), heard.append, pytest.fail)
     assert "\n" not in str(caught.value)
     assert heard == [Measured("ce-seed1", 2, None)]
     assert [is_measured(job) for job in spread] == [False, False, True, True]
@@ -87,4 +87,4 @@ def test_a_classifier_that_cannot_be_used_is_named_and_the_others_are_measured(j
 
 def test_tasks_that_do_not_fit_are_refused(jobs: list[ShiftJob], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"resources\.train: 9 workers .* do not fit the cluster's 2 CPU"):
-        measure_shifts(elsewhere(jobs, tmp_path), Group(workers=9), pytest.fail)
+        measure_shifts(elsewhere(jobs, tmp_path), Group(workers=9), pytest.fail, pytest.fail)

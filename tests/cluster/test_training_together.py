@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import training
+from cluster import groups
 from cluster.resources import Group
 from cluster.training import RunEvent, fit_many
 from csm import storage, tables
@@ -84,18 +84,18 @@ def shared(data, tmp_path_factory, ray_session, one_thread):
         run(data, root, "norm"),
     ]
     storage.write_state(root / "resumed" / "state.pt", states_of(specs[2])[1])
-    events, groups = [], []
+    events, started = [], []
     with pytest.MonkeyPatch.context() as patch:
-        group = training.TorchTrainer
+        group = groups.TorchTrainer
 
         def trainer(*args, **kwargs):
-            groups.append((kwargs["run_config"].name, kwargs["scaling_config"].num_workers))
+            started.append((kwargs["run_config"].name, kwargs["scaling_config"].num_workers))
             return group(*args, **kwargs)
 
-        patch.setattr(training, "TorchTrainer", trainer)
+        patch.setattr(groups, "TorchTrainer", trainer)
         with pytest.raises(RuntimeError) as caught:
             fit_many(specs, Group(workers=4, cpus=0.5), root / "ray", "shared", events.append, together=2)
-    return Shared({spec.run: spec for spec in specs}, str(caught.value), events, groups)
+    return Shared({spec.run: spec for spec in specs}, str(caught.value), events, started)
 
 
 def states_of(spec: RunSpec) -> list[dict]:
@@ -174,7 +174,7 @@ def test_workers_that_do_not_fit_are_refused_before_work(data, tmp_path, group, 
 
 
 def test_workers_of_one_run_do_not_share_a_gpu(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("cluster.training.ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    monkeypatch.setattr("cluster.training.share", lambda: {"CPU": 4.0, "GPU": 1.0})
     with pytest.raises(InputError, match=r"resources\.train\.gpus: expected 0 or at least 1 for each of 2 workers, got 0\.5"):
         fit_many([run(data, tmp_path, "any")], Group(gpus=0.5), tmp_path, "test", pytest.fail, together=2)
 
@@ -196,6 +196,6 @@ def test_a_lost_worker_starts_its_group_again(data, tmp_path, ray_head, processe
 
     fit_many([spec], Group(cpus=0.5), tmp_path / "ray", "lost", on_event, together=2)
     assert is_finished(spec)
-    again = told.index(("epoch", 1), 1)
+    again = told.index(("lost", 0))
     assert told[:again] == [("epoch", epoch) for epoch in range(1, again + 1)]
-    assert told[again:] == [*(("epoch", epoch) for epoch in range(1, 41)), ("done", 0)]
+    assert told[again + 1 :] == [("resumed", 0), *(("epoch", epoch) for epoch in range(1, 41)), ("done", 0)]

@@ -23,7 +23,7 @@ def calls(monkeypatch):
         made.append(("here", job))
         tell(on_step)
 
-    def group(job, group, directory, name, on_step):
+    def group(job, group, directory, name, on_step, on_loss):
         made.append(("group", job))
         assert group.cpus == 0.5
         tell(on_step)

@@ -55,7 +55,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """RUN/SHIFT of everything that was measured, in this process."""
     found: list[str] = []
 
-    def measure_shifts(jobs: Sequence[ShiftJob], group: Any, on_measured: Callable[[Measured], None]) -> None:
+    def measure_shifts(jobs: Sequence[ShiftJob], group: Any, on_measured: Callable[[Measured], None], on_lost: Any) -> None:
         for job in jobs:
             if not is_measured(job):
                 found.append(f"{job.run}/{job.shift}")
