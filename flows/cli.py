@@ -280,5 +280,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cli.main(args=list(arguments) if arguments is not None else None, prog_name="csm")
 
 
+def script(file: str) -> None:
+    """Entry point of a verb's own file: `python flows/VERB.py ...`, or `ray submit CLUSTER.yaml flows/VERB.py -- ...`."""
+    sys.argv = ["csm", Path(file).stem.replace("_", "-"), *sys.argv[1:]]
+    main()
+
+
 if __name__ == "__main__":
     main()

@@ -154,3 +154,9 @@ def _check_ray(address: str, problems: list[str]) -> dict[str, Any]:
         "connect_seconds": round(joined - started, 2),
         "first_task_seconds": round(first - joined, 2),
     }
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

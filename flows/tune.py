@@ -172,3 +172,9 @@ def _draw(trials: Trials, ranked: Sequence[TrialRecord], best: set[int], mattere
     for name, figure in figures.items():
         figure.savefig(folder.plots / f"{name}.png")
         context.tracker.log_file(context.parent_key, folder.plots / f"{name}.png", "plots")
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)
