@@ -228,3 +228,9 @@ def _write(
 def _predictions(log_probs: Tensor, labels: Tensor) -> Predictions:
     confidence, correct = top_label(log_probs.exp(), labels)
     return Predictions(confidence.numpy().astype(np.float64), correct.to(torch.bool).numpy())
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

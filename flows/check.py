@@ -195,3 +195,9 @@ def _targets(items: Sequence[Item], known: tuple[str, ...], names: tuple[str, ..
 def _origin(origin: dict[str, Any]) -> str:
     """What the model says of itself, in a line."""
     return ", ".join(f"{key} {value}" for key, value in origin.items() if isinstance(value, str | int | float))
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

@@ -280,12 +280,14 @@ def compare(names: tuple[str, ...], workspace: Path, html: Path | None, as_json:
 @cli.command(help="Check this machine, the installation and, with --address, a Ray cluster.")
 @with_options((WORKSPACE_OPTION,))
 @click.option("--address", default="local", show_default=True, help="Ray: local, auto, HOST:PORT or ray://HOST:PORT.")
+@with_options(TRACKING_OPTIONS[:1])
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def doctor(workspace: Path, address: str, as_json: bool, debug: bool) -> None:
+def doctor(workspace: Path, address: str, tracking_uri: str, as_json: bool, debug: bool) -> None:
     from flows.doctor import diagnose, show
+    from flows.tracking_address import Address
 
-    findings = diagnose(workspace, address)
+    findings = diagnose(workspace, address, Address(tracking_uri))
     show(findings)
     if as_json:
         click.echo(json.dumps(findings))
@@ -296,6 +298,12 @@ def doctor(workspace: Path, address: str, as_json: bool, debug: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     cli.main(args=list(arguments) if arguments is not None else None, prog_name="csm")
+
+
+def script(file: str) -> None:
+    """Entry point of a verb's own file: `python flows/VERB.py ...`, or `ray submit CLUSTER.yaml flows/VERB.py -- ...`."""
+    sys.argv = ["csm", Path(file).stem.replace("_", "-"), *sys.argv[1:]]
+    main()
 
 
 if __name__ == "__main__":

@@ -214,3 +214,9 @@ def _reliability(run: Sequence[Split], fitted: Sequence[Posthoc]) -> Reliability
         correct.append(top.indices == labels)
     sides = [torch.stack(column).numpy() for column in (before, after, correct)]  # (S, N)
     return Reliability(Predictions(sides[0], sides[2]), Predictions(sides[1], sides[2]))
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

@@ -6,10 +6,10 @@ import shutil
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cluster.probe import installed
 from csm import __version__
 from csm.classifiers import NETWORKS
 from csm.datasets import DATASETS
@@ -27,16 +27,22 @@ from csm.reannotation import CALIBRATORS, HEADS
 from csm.schedules import SCHEDULES
 from flows.annotators import ENSEMBLE
 from flows.config import config_names, load_config
+from flows.doctor_cluster import check_cluster, node_lines
 from flows.report_run import machine
+from flows.tracking_address import OWN, Address
 
 PACKAGES = ("torch", "diffusers", "ray", "mlflow", "polars", "pyarrow", "pydantic", "safetensors", "click")
 FREE_BYTES = 2 * 2**30  # the demo needs about a tenth of it
 
 
-def diagnose(workspace: Path, address: str) -> dict[str, Any]:
-    """Look at packages, disk, workspace and Ray; ``problems`` is a list of lines, each with what to do (empty: all is well)."""
+def diagnose(workspace: Path, address: str, tracking: Address = OWN) -> dict[str, Any]:
+    """Look at packages, disk, workspace, Ray, and at every node of a cluster.
+
+    Returns:
+        Among others ``problems``, a list of lines, each with what to do (empty: all is well).
+    """
     problems: list[str] = []
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: installed(name) for name in PACKAGES}
     problems += [f"package {name} is not installed: run `make setup`" for name, found in versions.items() if found is None]
     return {
         "csm": __version__,
@@ -45,7 +51,7 @@ def diagnose(workspace: Path, address: str) -> dict[str, Any]:
         "executable": sys.executable,
         "packages": versions,
         "workspace": _check_workspace(workspace, problems),
-        "ray": _check_ray(address, problems),
+        "ray": _check_ray(workspace, address, tracking, versions, problems),
         "configs": [name for name in config_names() if name != "default"],
         "datasets": list(DATASETS),
         "shifts": list(SHIFTS),
@@ -75,6 +81,8 @@ def show(findings: dict[str, Any]) -> None:
     print(f"{'workspace':<12}{findings['workspace']['path']}: {findings['workspace']['state']}")
     ray = findings["ray"]
     print(f"{'ray':<12}{ray['address']}: {ray['state']}")
+    for line in node_lines(ray.get("each", [])):
+        print(line)
     registries = (
         "datasets",
         "shifts",
@@ -99,13 +107,6 @@ def show(findings: dict[str, Any]) -> None:
     print("all is well" if not findings["problems"] else f"{len(findings['problems'])} problem(s)")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _check_workspace(workspace: Path, problems: list[str]) -> dict[str, Any]:
     """Whether files can be written there, really tried, and how much room there is."""
     if is_remote(workspace):
@@ -113,9 +114,9 @@ def _check_workspace(workspace: Path, problems: list[str]) -> dict[str, Any]:
             reach(workspace)
         except InputError as error:
             problems.append(f"workspace {error}")
-            return {"path": str(workspace), "state": "not writable", "free_bytes": None}
+            return {"path": str(workspace), "state": "not reached", "free_bytes": None}
         made = "made" if (workspace / "stages").is_dir() else "not made yet"
-        return {"path": str(workspace), "state": made, "free_bytes": None}
+        return {"path": str(workspace), "state": f"written and read, {made}", "free_bytes": None}
     existing = workspace.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -136,8 +137,10 @@ def _host() -> str:
     return os.uname().nodename
 
 
-def _check_ray(address: str, problems: list[str]) -> dict[str, Any]:
-    """Join or start Ray and run one task."""
+def _check_ray(
+    workspace: Path, address: str, tracking: Address, versions: dict[str, str | None], problems: list[str]
+) -> dict[str, Any]:
+    """Join or start Ray and run one task; on a cluster look at every node."""
     import ray
 
     from cluster.session import session
@@ -150,6 +153,8 @@ def _check_ray(address: str, problems: list[str]) -> dict[str, Any]:
             first = time.monotonic()
             resources = ray.cluster_resources()
             nodes = sum(node["Alive"] for node in ray.nodes())
+            python = {"python": platform.python_version()}
+            each = [] if address == "local" else check_cluster(workspace, tracking, {**python, **versions}, problems)
     except InputError as error:
         problems.append(str(error))
         return {"address": address, "state": "not reached"}
@@ -162,4 +167,11 @@ def _check_ray(address: str, problems: list[str]) -> dict[str, Any]:
         "gpus": resources.get("GPU", 0),
         "connect_seconds": round(joined - started, 2),
         "first_task_seconds": round(first - joined, 2),
+        "each": each,
     }
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

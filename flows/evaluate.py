@@ -196,3 +196,9 @@ STAGE = Stage(
     outputs=lambda workspace, config: [workspace.metrics, workspace.comparison],
     run=_run,
 )
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

@@ -172,3 +172,9 @@ def _read_shard(workspace: Workspace, card: Card, shard: int) -> pl.DataFrame:
         annotations = tables.read(part_path(workspace.annotations(card.annotator), shard), tables.annotations(n_classes))
         labels = soft_labels(plan, annotations, n_classes, card.calibration)
     return rows(plan, mixed, labels, card.class_names, f"shard {shard}")
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

@@ -83,3 +83,9 @@ def fit_generator(context: Context, record: StageRecord) -> Made:
     (directory / "state.pt").unlink(missing_ok=True)
     weights = storage.read_tensors(directory / "model.safetensors").values()
     return Made(sum(weight.numel() for weight in weights), storage.file_digest(directory / "model.safetensors"))
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

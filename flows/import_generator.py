@@ -49,3 +49,9 @@ def model_files(path: str) -> list[tuple[str, int]]:
         raise InputError(f"generator.path: {path} does not exist; put the model back where it was imported from")
     files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
     return [(file.relative_to(root).as_posix(), file.stat().st_size) for file in files]
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

@@ -1,5 +1,6 @@
 """Options that verbs of the command line share, and how they show their results."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,33 @@ OUTPUT_OPTIONS = (
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line of stdout."),
     click.option("--debug", is_flag=True, help="Show the traceback of an error."),
 )
+
+
+def submittable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator for a command with SUBMIT_OPTIONS: ``--priority`` becomes a setting, and with ``--submit`` a cluster does the work."""
+
+    @functools.wraps(function)
+    def command(*, submit: str | None, priority: int | None, **options: Any) -> Any:
+        if priority is not None:
+            options["overrides"] = (*options["overrides"], f"resources.priority={priority}")
+        if submit is None:
+            return function(**options)
+        from flows.submit import run_job
+
+        raise SystemExit(run_job(submit, click.get_current_context(), options))
+
+    return command
+
+
+SUBMIT_OPTIONS = (
+    click.option(
+        "--submit",
+        metavar="URL",
+        help="Do it on the cluster with the dashboard http://HEAD:8265: the log is followed, Ctrl-C leaves it running.",
+    ),
+    click.option("--priority", type=int, metavar="N", help="Of this run on a shared cluster: lower ones wait.  [default: 0]"),
+    submittable,
+)
 SHARED_OPTIONS = (
     *CONFIG_OPTIONS,
     click.option(
@@ -60,6 +88,7 @@ SHARED_OPTIONS = (
     ),
     *TRACKING_OPTIONS,
     *OUTPUT_OPTIONS,
+    *SUBMIT_OPTIONS,
 )
 
 ESTIMATE_OPTIONS = (

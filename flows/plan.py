@@ -84,3 +84,9 @@ STAGE = Stage(
     check=_check,
     run=_run,
 )
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

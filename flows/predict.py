@@ -165,3 +165,9 @@ WRITERS: dict[str, Callable[[Path, tables.Schema], AbstractContextManager[Append
     ".csv": partial(_text, lines=_csv),
     ".jsonl": partial(_text, lines=_json_lines),
 }
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

@@ -51,3 +51,9 @@ STAGE = Stage(
     run=_run,
     costly=True,
 )
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

@@ -179,3 +179,9 @@ STAGE = Stage(
     outputs=lambda workspace, config: [workspace.report],
     run=_run,
 )
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

@@ -1,10 +1,9 @@
 """run: the whole pipeline, or any part of it, in one workspace.
 
-Also a script of its own, for `ray submit CLUSTER.yaml flows/run.py -- --config NAME --workspace DIR`.
+As every verb's file it is also a script, for `ray submit CLUSTER.yaml flows/run.py -- --config NAME --workspace DIR`.
 """
 
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,6 +154,6 @@ def terminable() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    from flows.cli import main
+    from flows.cli import script
 
-    main(["run", *sys.argv[1:]])
+    script(__file__)

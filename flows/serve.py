@@ -166,3 +166,9 @@ async def _answer(send: Any, status: int, value: dict[str, str], close: bool = F
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

@@ -83,3 +83,9 @@ STAGE = Stage(
     run=_run,
     incremental=True,
 )
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

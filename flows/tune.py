@@ -178,3 +178,9 @@ def _draw(trials: Trials, ranked: Sequence[TrialRecord], best: set[int], mattere
         with storage.replacing(folder.plots / f"{name}.png") as temporary:
             figure.savefig(temporary, format="png")
         context.tracker.log_file(context.parent_key, folder.plots / f"{name}.png", "plots")
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)

@@ -98,3 +98,9 @@ def _replace_by_server(store: str, workspace: Path, host: str, port: int) -> Non
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # its job workers serve none of what csm keeps
     os.environ.pop("MLFLOW_TRACKING_URI", None)  # the server is told its store by name
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *arguments])
+
+
+if __name__ == "__main__":
+    from flows.cli import script
+
+    script(__file__)
