@@ -67,13 +67,13 @@ class Stage:
     settings: Callable[[Config], dict[str, Any]]
     outputs: Callable[[Workspace, Config], list[Path]]
     run: Callable[["Context", StageRecord], Made]
-    missing: Callable[["Context", StageRecord], Path | None] | None = None
     check: Callable[["Context"], object] = lambda context: None
     costly: bool = False
     incremental: bool = False
     unit: str = "images"
     more_inputs: Callable[[Config], tuple[str, ...]] = lambda config: ()
     also_reads: Callable[[Workspace], list[Path]] = lambda workspace: []
+    missing: Callable[["Context", StageRecord], Path | None] | None = None
 
     def reads(self, config: Config) -> tuple[str, ...]:
         """Names of the stages whose results it reads under ``config``."""
