@@ -1,6 +1,5 @@
 """How fast each stage is: as the user says, as this workspace's own work was, or as a short measurement finds."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from cluster.ledger import read_receipts
 from cluster.rates import in_threads, on_worker
 from csm import storage
 from csm.classifiers import ClassifierSpec
@@ -28,7 +28,6 @@ from flows.estimate_loads import Load, training_images
 from flows.fit_annotators import annotators
 from flows.folders import absolute_folders
 from flows.methods import TrainConfig, teacher_training
-from flows.mix import RECEIPTS
 
 SOURCES = ("given", "recorded", "measured", "unknown")
 LENGTH_ONLY = ("steps", "seed", "learning_rate", "ema_halflife", "p_mean", "p_std", "flip", "checkpoint_steps")  # of a generator
@@ -195,9 +194,7 @@ def _one_after_the_other(workspace: Workspace, parts: list[str]) -> Recorded:
 def _receipts(workspace: Workspace) -> dict[str, tuple[int, float]]:
     """Part -> rows and seconds by the last receipt of each of its shards; those that say nothing of the time are left out."""
     last: dict[tuple[str, int], dict[str, Any]] = {}
-    log = workspace.root / RECEIPTS
-    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.is_file() else []  # the last one is empty or cut short
-    for receipt in map(json.loads, lines):
+    for receipt in read_receipts(workspace.root).iter_rows(named=True):
         if receipt["seconds"] > 0:
             last[receipt["part"], receipt["shard"]] = receipt
     found: dict[str, tuple[int, float]] = {}

@@ -243,7 +243,7 @@ def test_a_workspace_on_a_store_is_read_as_a_folder_is(bucket: Path) -> None:
     config = configuration()
     storage.write_json(bucket / "dataset.json", asdict(INFO))
     storage.write_text(
-        bucket / "receipts.jsonl", json.dumps({"part": "encoders/teacher", "shard": 0, "rows": 50, "seconds": 5.0}) + "\n"
+        bucket / "receipts" / "1.jsonl", json.dumps({"part": "encoders/teacher", "shard": 0, "rows": 50, "seconds": 5.0}) + "\n"
     )
     storage.write_text(bucket / "config.yaml", config.to_yaml())
     found = estimate(config, bucket, rates={name: rate for name, rate in RATES.items() if name != "fit-annotators"}, seconds=0)
