@@ -1,8 +1,7 @@
-"""Pools that take every CPU of a cluster that loses nodes: they go on with what is left, wait where that is too little, and say so."""
+"""Pools that take every CPU of a cluster that loses a node go on with what is left."""
 
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from ray import cloudpickle
@@ -86,42 +85,3 @@ def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(joined, 
     assert 1 <= standings[-1].lost <= 3
     assert 0 < standings[-1].seconds < 60
     assert standings[-1].wanting == ""
-
-
-@pytest.mark.slow
-def test_where_too_little_is_left_it_waits_and_says_so_and_goes_on_with_a_new_node(joined, add):
-    lost = add()
-    receipts, texts = [], []
-
-    def on_receipt(receipt):
-        receipts.append(receipt)
-        if len(receipts) == 3:
-            joined.remove_node(lost, allow_graceful=False)
-
-    def on_standing(standing):
-        texts.append(standing.wanting)
-
-    one = Pool(cpus=0.5, max_actors=1)
-    with ThreadPoolExecutor() as pool:  # nodes are added by the main thread alone
-        work = pool.submit(run_steps, steps(one, one), range(12), on_receipt, on_standing)
-        while not any(texts) and not work.done():
-            time.sleep(0.1)
-        add()
-        work.result()
-    assert "the 1 node(s) left, with 0 CPU and 0 GPU, have no room for mix (0.5 CPU, 0 GPU)" in texts
-    assert texts[-1] == ""
-    assert sorted((r.part, r.shard) for r in receipts) == sorted((p, s) for p in ("mix", "annotate") for s in range(12))
-
-
-def test_where_nothing_comes_back_it_stops_with_one_line(joined, add, monkeypatch):
-    monkeypatch.setattr("cluster.standing.PATIENCE_SECONDS", 1.0)
-    lost, receipts = add(), []
-
-    def on_receipt(receipt):
-        receipts.append(receipt)
-        if len(receipts) == 3:
-            joined.remove_node(lost, allow_graceful=False)
-
-    line = r"^nodes were lost, the 1 node\(s\) left, .* have no room for mix .*; add nodes, then run the same command again to go on$"
-    with pytest.raises(RuntimeError, match=line):
-        run_steps(steps(Pool(cpus=0.5, max_actors=1), Pool(cpus=0.5, max_actors=1)), range(1000), on_receipt)
