@@ -211,14 +211,14 @@ def test_a_worker_that_is_five_times_slower_does_not_hold_the_others(run, whole,
 
 
 POISON = """
-_mix = mix
+_start = start_mixing
 
 
-def mix(rows, *arguments):
+def start_mixing(rows, *arguments, **more):
     import os, signal
     if int(rows["shard"][0]) == 17:
         os.kill(os.getpid(), signal.SIGKILL)
-    return _mix(rows, *arguments)
+    return _start(rows, *arguments, **more)
 """
 
 
