@@ -128,12 +128,11 @@ def test_many_trainings_go_on_with_the_workers_that_are_left(nodes, data, tmp_pa
         assert [event.kind for event in told if event.run == spec.run and event.kind != "epoch"][-1] == "done"
         assert epochs_of(told, spec.run)[-1] == EPOCHS
         assert_as_direct(spec, tmp_path)
-    # Nobody had a state after these seconds: what was under way began anew, and what was done stayed.
+    # What was under way went on from its state, if ten seconds had given it one, and what was done stayed.
     resumed = {event.run: event for event in told if event.kind == "resumed"}
     assert resumed
     for event in resumed.values():
-        assert event.epoch == 0
-        assert 0 < event.values["repeated"] < event.values["late"]
+        assert 0 <= event.values["repeated"] < event.values["late"]
     assert [event.kind for event in told].count("done") == 4
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from csm import storage
-from tests.hosts.machines import Running
+from tests.hosts.machines import CODE, CTL, Running
 from tests.hosts.small_run import SmallRun, hosts_of, read_receipts, result
 
-pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900, func_only=True)]
 
 SHARDS = 40
 # One worker on each host; a training long enough to have a state, which is kept after ten seconds.
@@ -83,17 +83,15 @@ def test_a_host_is_lost_during_mixing(run, whole, cluster, hosts, tell):
 
 def test_a_host_is_lost_during_annotation(run, cluster, hosts, tell):
     # Many more shards, which cost little to make, and an annotator on each host.
-    many = (
-        "--set plan.sets_per_pair=1000 --set mix.sampler.steps=2 "
-        "--set resources.annotate.cpus=1.5 --set resources.annotate.min_actors=2 --set resources.annotate.max_actors=2"
-    )
+    many = "--set plan.sets_per_pair=1000 --set mix.sampler.steps=2"
+    both = "--set resources.annotate.cpus=1.5 --set resources.annotate.min_actors=2 --set resources.annotate.max_actors=2"
     run.finish("plan", many)
     run.finish("mix", many)
 
     def labelled() -> list[dict[str, Any]]:
         return [receipt for receipt in read_receipts(run.workspace) if receipt["part"] == "lda-pixels"]
 
-    running = run.begin("annotate", many)
+    running = run.begin("annotate", many, both)
     wait_until(lambda: len(labelled()) > 20, running)
     before = len(labelled())
     hosts.kill(cluster.workers[0])
@@ -127,7 +125,7 @@ def test_a_host_is_lost_during_a_training_of_two_workers(whole, run, cluster, ho
     wait_until(lambda: line_with(running, "waiting for nodes"), running)
     noticed = time.monotonic() - killed
     hosts.start(lost)
-    cluster.up()
+    hosts.run(CTL, f"cd {CODE} && ray up -y --no-restart --no-config-cache {cluster.file}", 120)  # the head goes on
     back = time.monotonic() - killed
     told = stage_of(running, "train")
     assert history_of(run, "cross-entropy-seed0") == list(range(1, 601))
@@ -164,8 +162,7 @@ def test_a_host_is_lost_while_classifiers_are_trained(whole, run, cluster, hosts
 
 
 def test_a_host_is_lost_during_a_sweep(run, cluster, hosts, tell):
-    space = "'tune.space={train.optimizer.learning_rate: {low: 0.01, high: 0.1, log: true}}'"
-    sweep = f"{ONE_EACH} {LONG} --set tune.trials=4 --set tune.method=cross-entropy --set {space}"
+    sweep = f"{ONE_EACH} {LONG} --set tune.trials=4"
     running = run.begin("tune", sweep)
     wait_until(lambda: len(list(run.workspace.glob("tune/trials/*/seed0/state.pt"))) == 2, running)
     hosts.kill(cluster.workers[0])
@@ -185,13 +182,13 @@ def test_a_host_is_lost_during_a_sweep(run, cluster, hosts, tell):
 @contextmanager
 def slowed(run: SmallRun, name: str) -> Iterator[None]:
     """The mixing workers of a host get a fifth of the time: stopped for 0.8 of each second."""
-    loop = "while sleep 0.2; do pkill -STOP -f MixShards; sleep 0.8; pkill -CONT -f MixShards; done"
+    loop = "while sleep 0.2; do pkill -STOP -f [M]ixShards; sleep 0.8; pkill -CONT -f [M]ixShards; done"
     slowing = run.hosts.begin(name, loop)
     try:
         yield
     finally:
         slowing.kill()
-        run.hosts.run(name, "pkill -CONT -f MixShards", check=False)
+        run.hosts.run(name, "pkill -CONT -f [M]ixShards", check=False)
 
 
 def test_a_worker_that_is_five_times_slower_does_not_hold_the_others(run, whole, cluster, hosts, tell):
@@ -214,14 +211,14 @@ def test_a_worker_that_is_five_times_slower_does_not_hold_the_others(run, whole,
 
 
 POISON = """
-_mix = mix
+_start = start_mixing
 
 
-def mix(rows, *arguments):
+def start_mixing(rows, *arguments, **more):
     import os, signal
     if int(rows["shard"][0]) == 17:
         os.kill(os.getpid(), signal.SIGKILL)
-    return _mix(rows, *arguments)
+    return _start(rows, *arguments, **more)
 """
 
 
