@@ -29,8 +29,8 @@ T = TypeVar("T")
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; when the block ends well, it replaces ``path`` in one step, else it is removed.
 
-    Two writers of one path do not disturb each other: the temporary name holds host and process id, and the last rename wins. For a path on a
-    store the temporary file is one of this machine, which is then put there as a whole.
+    Two writers of one path do not disturb each other: the temporary name holds host and process id, and the last rename wins. For a
+    path on a store the temporary file is one of this machine, which is then put there as a whole.
 
     Raises:
         OSError: the system refused to write (a full disk, ...), also where the library that wrote put that into an error of its own.
