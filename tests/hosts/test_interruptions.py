@@ -7,7 +7,7 @@ import pytest
 from tests.hosts.machines import CODE, CTL, GATEWAY, STORE_PORT
 from tests.hosts.small_run import SmallRun, result, usual_seconds, wait_for
 
-pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900, func_only=True)]
 
 
 def seconds_since(started):
