@@ -50,7 +50,8 @@ mkdir -p .ssh
 cp /run/keys/id.pub .ssh/authorized_keys
 if [ "$HOST_NAME" = ctl ]; then # where the user sits: csm's own environment, and the key to the others
   cp /run/keys/id .ssh/id
-  echo "export PATH=$HOST_VENV/bin:\$PATH PYTHONPATH=$HOST_CODE" >.bashrc
+  cp "$HOST_IMAGE/.csm_env" .csm_env
+  echo ". ~/.csm_env; export PATH=$HOST_VENV/bin:\$PATH PYTHONPATH=$HOST_CODE" >.bashrc
 elif [ ! -e csm-venv ]; then
   cp -a "$HOST_IMAGE/." .
 fi

@@ -9,6 +9,7 @@ import pytest
 
 from tests.hosts.launching import Launched
 from tests.hosts.machines import CODE, Hosts
+from tests.hosts.small_run import SmallRun
 
 FAULTS = CODE / "build" / "faults.json"
 _told = pytest.StashKey[list["Fault"]]()
@@ -51,6 +52,21 @@ def cluster(launched: Launched) -> Launched:
 def workspace(hosts: Hosts, request: pytest.FixtureRequest) -> Path:
     """A folder of the test's own on storage that all hosts see, at the same path here; not made yet."""
     return hosts.shared / request.node.name
+
+
+@pytest.fixture(scope="session")
+def whole(launched: Launched) -> SmallRun:
+    """The small pipeline, run to its end while nothing fails."""
+    run = SmallRun(launched, launched.hosts.shared / "whole")
+    run.finish("run")
+    run.check()
+    return run
+
+
+@pytest.fixture
+def run(whole: SmallRun, cluster: Launched, workspace: Path) -> SmallRun:
+    """The same, before anything is mixed."""
+    return whole.copy_unmixed(workspace)
 
 
 @pytest.fixture

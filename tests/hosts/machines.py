@@ -19,6 +19,14 @@ CODE = Path(__file__).parents[2]
 CTL = "ctl"
 NETWORK = "10.77.0."
 GATEWAY = NETWORK + "254"
+STORE_PORT = 9000
+# What a host must know of the S3 that a test may run on ``ctl`` (store.py).
+STORE = {
+    "AWS_ENDPOINT_URL": f"http://{GATEWAY}:{STORE_PORT}",
+    "AWS_ACCESS_KEY_ID": "test-key",
+    "AWS_SECRET_ACCESS_KEY": "test-secret",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 NEEDS = {"ip": "iproute2", "sshd": "openssh-server", "ssh-keygen": "openssh-client", "rsync": "rsync", "unshare": "util-linux"}
 # Dies with this process.
 TIED = ("setpriv", "--pdeathsig", "KILL")
@@ -157,6 +165,14 @@ class Hosts:
             [*self._enter(name), "bash", "-c", f". ~/.bashrc; cd; {command}"], self.folder / "logs" / f"{self._logs:03}-{name}"
         )
 
+    def wait_for_port(self, name: str, port: int, serving: "Running", timeout: float = 180.0) -> None:
+        """Wait until a host answers on ``port``, which ``serving`` will open."""
+        end = time.monotonic() + timeout
+        while self.run(name, f"timeout 2 bash -c '</dev/tcp/{self.ip(name)}/{port}'", check=False).returncode:
+            if serving.returncode is not None or time.monotonic() > end:
+                raise RuntimeError(f"{name}: nothing answers on port {port}: {serving.err.read_text()[-4000:]}")
+            time.sleep(0.5)
+
     def is_up(self, name: str) -> bool:
         """Whether a host is switched on."""
         return name in self._boots
@@ -249,6 +265,7 @@ def make_image(folder: Path) -> None:
     pip = folder / ".config" / "pip" / "pip.conf"
     pip.parent.mkdir(parents=True)
     pip.write_text("[global]\nno-index = true\nno-build-isolation = false\n")
+    (folder / ".csm_env").write_text("".join(f"export {name}={value}\n" for name, value in STORE.items()))
     # Ray's workers are nice to the rest of a machine; here the rest is all the other hosts.
     (folder / ".bashrc").write_text("export RAY_worker_niceness=0\n")
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,10 @@ class SmallRun:
         """Receipts of mixed shards that the driver wrote down so far."""
         return [receipt for receipt in read_receipts(self.workspace) if receipt["part"] == "mixed"]
 
-    def wait_for_mixed(self, count: int, running: Running, timeout: float = 300.0) -> float:
+    def wait_for_mixed(self, count: int, running: Running, timeout: float = 600.0) -> float:
         """Wait until the driver has written ``count`` receipts of mixed shards, and return the seconds that it took."""
         started = time.monotonic()
-        while len(self.mixed()) < count:
-            assert running.returncode is None, running.err.read_text()[-4000:]
-            assert time.monotonic() - started < timeout, f"{len(self.mixed())} shards after {timeout:.0f} s"
-            time.sleep(0.1)
+        wait_for(lambda: len(self.mixed()) >= count, running, timeout)
         return time.monotonic() - started
 
     def parts(self) -> dict[str, int]:
@@ -91,21 +89,36 @@ class SmallRun:
                 assert ours.equals(theirs)
         if oracle is None:
             generator = load_generator(self.workspace / "generator")
-            for shard in (0, max(shards)):
-                rows = read_plan(self.workspace / "plan.parquet", shard)
-                direct = mix(rows, generator, info.shape, SamplerConfig(steps=STEPS), 128)
-                assert tables.read(part_path(self.workspace / "mixed", shard), tables.MIXED).equals(direct)
+            rows = read_plan(self.workspace / "plan.parquet", 0)
+            direct = mix(rows, generator, info.shape, SamplerConfig(steps=STEPS), 128)
+            assert tables.read(part_path(self.workspace / "mixed", 0), tables.MIXED).equals(direct)
 
     def copy_unmixed(self, workspace: Path) -> "SmallRun":
         """A workspace of its own in which all is done that comes before mixing."""
         shutil.copytree(
             self.workspace,
             workspace,
-            ignore=shutil.ignore_patterns("mixed", "annotations", "receipts*", "runs", "mlflow*", "tracking*"),
+            ignore=shutil.ignore_patterns(
+                "mixed", "annotations", "receipts*", "runs", "model", "*metrics*", "mlflow*", "tracking*"
+            ),
         )
         for stage in ("mix", "annotate", "train", "model", "evaluate", "report"):
             (workspace / "stages" / f"{stage}.json").unlink(missing_ok=True)
         return SmallRun(self.cluster, workspace)
+
+
+def wait_for(happened: Callable[[], bool], running: Running, timeout: float = 600.0) -> None:
+    """Wait until ``happened()``; ``running`` must not end before."""
+    end = time.monotonic() + timeout
+    while not happened():
+        assert running.returncode is None, running.out.read_text()[-2000:] + running.err.read_text()[-4000:]
+        assert time.monotonic() < end, f"not within {timeout:.0f} s: " + running.err.read_text()[-4000:]
+        time.sleep(0.1)
+
+
+def usual_seconds(whole: SmallRun) -> float:
+    """What mixing takes while nothing fails."""
+    return float(json.loads((whole.workspace / "stages" / "mix.json").read_text(encoding="utf-8"))["seconds"])
 
 
 def read_receipts(workspace: Path) -> list[dict[str, Any]]:

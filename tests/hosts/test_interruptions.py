@@ -1,34 +1,13 @@
 """What does not end the work, or ends it such that the same command goes on: head, driver, network, disk and tracking server fail."""
 
-import json
 import time
 
 import pytest
 
-from tests.hosts.machines import CODE, CTL
-from tests.hosts.small_run import SmallRun, result
+from tests.hosts.machines import CODE, CTL, GATEWAY, STORE_PORT
+from tests.hosts.small_run import SmallRun, result, usual_seconds, wait_for
 
-pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def whole(launched):
-    """The small pipeline, run to its end while nothing fails."""
-    run = SmallRun(launched, launched.hosts.shared / "whole")
-    run.finish("run")
-    run.check()
-    return run
-
-
-@pytest.fixture
-def run(whole, cluster, workspace):
-    """The same, before anything is mixed."""
-    return whole.copy_unmixed(workspace)
-
-
-def usual_seconds(whole):
-    """What mixing takes while nothing fails."""
-    return json.loads((whole.workspace / "stages" / "mix.json").read_text())["seconds"]
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900, func_only=True)]
 
 
 def seconds_since(started):
@@ -117,10 +96,10 @@ def test_the_disk_of_a_worker_is_full(run, whole, cluster, hosts, tell):
 
 
 def test_the_tracking_server_is_down(run, whole, cluster, hosts, tell):
-    server = "mlflow server --host 10.77.0.254 --port 5000 --workers 1 --backend-store-uri sqlite:////tmp/mlflow.db"
+    server = f"mlflow server --host {GATEWAY} --port 5000 --workers 1 --backend-store-uri sqlite:////tmp/mlflow.db"
     serving = hosts.begin(CTL, server)
-    tracked = "--tracking-uri http://10.77.0.254:5000"
-    wait_for_server(hosts, serving)
+    tracked = f"--tracking-uri http://{GATEWAY}:5000"
+    hosts.wait_for_port(CTL, 5000, serving)
     running = run.begin("mix", tracked)
     run.wait_for_mixed(5, running)
     serving.kill()
@@ -129,14 +108,14 @@ def test_the_tracking_server_is_down(run, whole, cluster, hosts, tell):
     run.check(whole.workspace)
     assert (run.workspace / "tracking.jsonl").stat().st_size  # what could not be sent waits
     serving = hosts.begin(CTL, server)
-    wait_for_server(hosts, serving)
+    hosts.wait_for_port(CTL, 5000, serving)
     again = run.finish("mix", tracked)
     assert again["stages"]["mix"]["reused"]
     images = (
         "from mlflow import MlflowClient as C; c = C(); runs = c.search_runs([e.experiment_id for e in c.search_experiments()]);"
     )
     images += "print(max(run.data.metrics.get('images', 0) for run in runs))"
-    assert hosts.run(CTL, f'MLFLOW_TRACKING_URI=http://10.77.0.254:5000 python -c "{images}"').stdout == "240.0\n"
+    assert hosts.run(CTL, f'MLFLOW_TRACKING_URI=http://{GATEWAY}:5000 python -c "{images}"').stdout == "240.0\n"
     serving.kill()
     tell(
         "the tracking server down",
@@ -146,9 +125,38 @@ def test_the_tracking_server_is_down(run, whole, cluster, hosts, tell):
     )
 
 
-def wait_for_server(hosts, serving):
-    end = time.monotonic() + 120
-    while hosts.run(CTL, "timeout 2 bash -c '</dev/tcp/10.77.0.254/5000'", check=False).returncode:
-        assert serving.returncode is None, serving.err.read_text()[-4000:]
-        assert time.monotonic() < end
-        time.sleep(0.5)
+def test_storage_answers_errors_for_a_minute(whole, cluster, hosts, workspace, tell):
+    folder = hosts.shared / "store"
+    folder.mkdir()
+    serving = hosts.begin(CTL, f"cd {CODE} && python -m tests.hosts.store {GATEWAY} {STORE_PORT} csm {folder}")
+    hosts.wait_for_port(CTL, STORE_PORT, serving)
+    run = SmallRun(cluster, workspace)
+    place = ("--workspace s3://csm/w", f"--tracking-uri sqlite:///{hosts.shared}/store.db")
+    running = run.begin("run", *place)
+    wait_for(lambda: len(parts_written(folder)) >= 5, running)
+    (folder / "failing").touch()
+    failing = time.time()
+    time.sleep(60)
+    (folder / "failing").unlink()
+    code = running.wait(600)
+    if code:  # it may give up, with one line, and goes on when it is told to
+        assert running.err.read_text().splitlines()[-1].startswith("csm: ")
+        running = run.begin("run", *place)
+        assert running.wait(600) == 0, running.err.read_text()[-4000:]
+    copy = f"import fsspec; fsspec.filesystem('s3').get('csm/w/', '{workspace}/', recursive=True)"
+    hosts.run(CTL, f'python -c "{copy}"')
+    serving.kill()
+    run.check(whole.workspace)
+    times, back = parts_written(folder), failing + 60
+    tell(
+        "storage answering errors for a minute",
+        "the command stopped with one line; the same command went on" if code else "the work waited and went on",
+        min(when for when in times if when > back) - max(when for when in times if when <= back),
+        "from the last finished shard before the storage was back to the next one",
+    )
+
+
+def parts_written(folder):
+    """When each mixed part was put into the store, seconds since 1970."""
+    lines = (folder / "written").read_text().splitlines()
+    return [float(line.split()[0]) for line in lines if "/mixed/part-" in line]

@@ -7,7 +7,7 @@ import pytest
 from tests.hosts.machines import CODE, CTL
 from tests.hosts.small_run import hosts_of, read_receipts, result
 
-pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900, func_only=True)]
 DEMO = {
     "generator.steps": "5",
     "generator.block_channels": "[8,16]",
