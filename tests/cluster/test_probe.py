@@ -89,7 +89,8 @@ def test_who_does_not_see_what_the_others_wrote(monkeypatch, tmp_path):
     monkeypatch.setattr(probe, "SEEN_SECONDS", 0.3)
     found = [Node(name, f"h-{name}", f"10.0.0.{number}", 1, 0) for number, name in enumerate("abc")]
     share(found, tmp_path / "trial")
-    assert [node.storage for node in found[:2]] == ["does not see what h-c (10.0.0.2) wrote"] * 2
+    others = "does not see what h-c (10.0.0.2) wrote, and h-c (10.0.0.2) does not see what it wrote"
+    assert [node.storage for node in found[:2]] == [others] * 2
     assert found[2].storage == (
         "does not see what this machine, h-a (10.0.0.0), h-b (10.0.0.1) wrote, and this machine, h-a (10.0.0.0), h-b (10.0.0.1) does "
         "not see what it wrote"
