@@ -42,7 +42,7 @@ class _Commands(click.Group):
             raise SystemExit(130) from None
         except Exception as error:
             if debug:
-                from flows.secrets import masked
+                from flows.masking import masked
 
                 click.echo(masked(traceback.format_exc()), err=True, nl=False)
             raise SystemExit(_explain(error)) from None
@@ -51,7 +51,7 @@ class _Commands(click.Group):
 def _explain(error: Exception) -> int:
     """Print ``error`` as one line and return the exit code: 2 for what the user gave, 1 for a failure."""
     from csm.errors import InputError
-    from flows.secrets import masked
+    from flows.masking import masked
 
     line = masked(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, InputError) or getattr(
@@ -115,7 +115,7 @@ def _resolve(
     """The checked configuration, and what a verb is called with beside it; ``more``: what --force takes beside stages."""
     from csm.errors import InputError
     from flows.config import load_config
-    from flows.secrets import command_line
+    from flows.masking import command_line
     from flows.tracking_address import Address
 
     resolved = load_config(config, overrides)  # before the rest is imported: a wrong name is told sooner

@@ -27,8 +27,8 @@ from csm.precision import Precision
 from csm.sampling import SamplerConfig
 from csm.search.sections import merge_spaces
 from flows.annotators import AnnotateConfig, check_annotators, check_asked, check_folder_name
+from flows.masking import has_secret, masked
 from flows.methods import TrainConfig, check_teacher, check_train
-from flows.secrets import has_secret, masked
 from flows.sweeps import TuneConfig, check_tune
 
 STRICT = ConfigDict(extra="forbid")

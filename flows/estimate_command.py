@@ -28,7 +28,7 @@ def run_estimate(
     """Print the estimate; of the options that all verbs share, those that have to do with doing the work say nothing here."""
     started = time.monotonic()
     from flows.config import load_config
-    from flows.secrets import command_line
+    from flows.masking import command_line
 
     command_line(address)
     resolved = load_config(config, overrides)

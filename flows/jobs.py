@@ -20,6 +20,7 @@ from flows.progress import say
 
 CONNECT_SECONDS, RETRY_SECONDS = 5.0, 3.0
 QUIET_SECONDS = 30.0  # without a line, after which it is asked whether job and head are still there
+STARTING_SECONDS = 60.0  # in which a head that answers may not take jobs yet
 GIVE_UP_SECONDS = 300.0  # without an answer
 UNREACHABLE = (
     OSError,
@@ -77,6 +78,7 @@ class Jobs:
         Returns:
             Its id, and whether it was there already.
         """
+        asked = time.monotonic()
         while True:
             earlier = {
                 info.submission_id or "": info
@@ -92,7 +94,9 @@ class Jobs:
                     entrypoint=entrypoint, submission_id=job, runtime_env={"working_dir": str(folder)}
                 ), False
             except RuntimeError as error:
-                if "already exists" not in str(error):  # somebody else was quicker
+                if "No available agent" in str(error) and time.monotonic() - asked < STARTING_SECONDS:
+                    time.sleep(RETRY_SECONDS)  # the head has only just been started
+                elif "already exists" not in str(error):  # somebody else was quicker
                     raise InputError(f"--submit {self.url}: the job was refused ({_line(error)})") from None
 
     def info(self, job: str) -> JobDetails:

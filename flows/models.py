@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from csm.calibrated import CalibratedClassifier, load_calibrated
 from csm.errors import InputError
 from csm.locations import is_remote, location, reach
-from flows.secrets import masked
+from flows.masking import masked
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -14,7 +14,7 @@ from csm.runs import RunSpec
 from csm.search.sections import dotted
 from flows.artifacts import differences
 from flows.config import Config, plain
-from flows.secrets import masked
+from flows.masking import masked
 from flows.sweep_specs import TrialSpecs, trial_folder
 from flows.sweeps import trial_config
 

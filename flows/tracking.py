@@ -19,7 +19,7 @@ from mlflow.utils.validation import _validate_metric_name, _validate_model_name,
 
 from csm.errors import InputError
 from flows.artifacts import Workspace
-from flows.secrets import masked
+from flows.masking import masked
 from flows.tracking_address import OWN, Address
 from flows.tracking_inputs import origin_tags
 from flows.tracking_sender import PATIENCE, Sender

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from csm.errors import InputError
 from csm.locations import is_remote
-from flows.secrets import masked
+from flows.masking import masked
 
 EXPERIMENT = "csm"
 SERVERS = ("http", "https")

@@ -9,7 +9,7 @@ from typing import Any
 
 from csm.datasets import DatasetInfo
 from csm.locations import is_remote
-from flows.secrets import masked
+from flows.masking import masked
 
 TRAINING = "training"
 

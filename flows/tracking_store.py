@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from csm import storage
 from csm.errors import InputError
 from csm.locations import is_remote
-from flows.secrets import masked
+from flows.masking import masked
 from flows.tracking_address import Address
 from flows.tracking_spool import Record, Spool, folder_digest
 

@@ -13,8 +13,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from csm.errors import InputError
 from flows.artifacts import Workspace
+from flows.masking import masked
 from flows.progress import say
-from flows.secrets import masked
 from flows.tracking import store_uri
 from flows.tracking_address import Address
 from flows.ui_views import View, write_views

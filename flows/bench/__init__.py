@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
+from flows.masking import command_line
 from flows.options import OUTPUT_OPTIONS, TRACKING_OPTIONS, print_table, show_result, with_options
-from flows.secrets import command_line
 from flows.tracking_address import Address
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from csm.errors import InputError
 from flows import cli
-from flows.secrets import masked
+from flows.masking import masked
 from flows.tracking_address import OWN, Address
 from flows.tracking_inputs import origin_tags
 

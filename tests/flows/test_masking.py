@@ -13,7 +13,7 @@ from csm.locations import location
 from flows import run
 from flows.cli import cli
 from flows.config import load_config
-from flows.secrets import command_line, has_secret, masked
+from flows.masking import command_line, has_secret, masked
 from flows.sweep_records import SweepFolder, TrialRecord
 from flows.tracking import Tracker
 from flows.tracking_address import Address
