@@ -3,6 +3,7 @@
 The oracle: classifiers that one process each trains have the bytes of a direct `csm.runs.fit_run`.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -122,8 +123,7 @@ def test_many_trainings_go_on_with_the_workers_that_are_left(nodes, data, tmp_pa
     fit_many(specs, Group(workers=4), tmp_path / "ray", "test", on_event)
     lost = [event for event in told if event.kind == "lost"]
     assert [event.values["workers"] for event in lost] == [2.0]
-    assert "2 workers" in lost[0].error
-    assert "lost with the node" in lost[0].error
+    assert re.search("2 workers.* lost", lost[0].error)  # Ray may know of the processes before it knows of the node
     for spec in specs:
         assert [event.kind for event in told if event.run == spec.run and event.kind != "epoch"][-1] == "done"
         assert epochs_of(told, spec.run)[-1] == EPOCHS

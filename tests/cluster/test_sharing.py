@@ -10,6 +10,7 @@ from ray import cloudpickle
 from cluster import sharing
 from cluster.pools import ShardWorker, Step, make_receipt, run_steps
 from cluster.resources import Pool
+from cluster.shards import Written
 from cluster.sharing import LOST_SECONDS, Runs, ahead, present
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
@@ -47,7 +48,7 @@ def test_a_run_that_is_not_heard_of_is_gone(runs):
 
 class Quick(ShardWorker):
     def work(self, shard):
-        return [make_receipt("made", shard, 1, "", 0.0)]
+        return [make_receipt("made", shard, 1, Written("", 0), "", 0.0)]
 
 
 @pytest.mark.ray

@@ -10,6 +10,7 @@ from ray.cluster_utils import Cluster
 from cluster.pools import ShardWorker, Step, make_receipt, run_steps
 from cluster.resources import Pool
 from cluster.session import session
+from cluster.shards import Written
 
 pytestmark = pytest.mark.ray
 
@@ -31,7 +32,7 @@ class Slow(ShardWorker):
 
     def work(self, shard):
         time.sleep(self.seconds)
-        return [make_receipt(self._watch.step, shard, 1, "", self.seconds)]
+        return [make_receipt(self._watch.step, shard, 1, Written("", 0), "", self.seconds)]
 
 
 def steps(mix: Pool, annotate: Pool):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 
-from cluster import training
+from cluster import groups
 from cluster.resources import Group
 from cluster.training import RunEvent, TrainingError, fit_many
 from csm import storage
@@ -67,13 +67,13 @@ def trained(finished, tmp_path_factory, ray_session, one_thread):
     specs = make_specs(finished, root)
     fit_run(specs["before"])
     before = (specs["before"].directory / "run.json").stat().st_mtime_ns
-    events, groups = [], []
+    events, started = [], []
     with pytest.MonkeyPatch.context() as patch:
-        group = training.TorchTrainer
-        patch.setattr(training, "TorchTrainer", lambda *args, **kwargs: groups.append(1) or group(*args, **kwargs))
+        group = groups.TorchTrainer
+        patch.setattr(groups, "TorchTrainer", lambda *args, **kwargs: started.append(1) or group(*args, **kwargs))
         with pytest.raises(TrainingError) as caught:
             fit_many(list(specs.values()), Group(workers=1), root / "ray", "test", events.append)
-    return Trained(specs, caught.value, events, len(groups), before)
+    return Trained(specs, caught.value, events, len(started), before)
 
 
 @pytest.mark.parametrize("run", ["plain", "soft"])
@@ -114,7 +114,7 @@ def test_events_tell_every_epoch_in_order_and_then_the_end(trained, run):
 
 
 def test_nothing_to_train_starts_no_group(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "TorchTrainer", lambda *args, **kwargs: pytest.fail("a group was started"))
+    monkeypatch.setattr(groups, "TorchTrainer", lambda *args, **kwargs: pytest.fail("a group was started"))
     good = [trained.specs[run] for run in ("before", "plain", "soft")]
     fit_many(good, Group(), tmp_path, "test", pytest.fail)
     fit_many([], Group(), tmp_path, "test", pytest.fail)

@@ -24,6 +24,7 @@ from csm.export import CARD, FORMATS, WORK, encode
 from csm.planning import make_plan
 from csm.reannotation import Calibration
 from flows import cli
+from flows.annotate import _key
 from flows.artifacts import Workspace
 from flows.config import load_config, plain
 from flows.run import STAGES
@@ -70,8 +71,10 @@ def mix(context, record):
     for shard in plan_shards(context.workspace.plan):
         ids = read_plan(context.workspace.plan, shard)["mix_id"].reverse()
         images = [draw.integers(0, 256, SHAPE, np.uint8).tobytes() for _ in ids]
-        write_part(pl.DataFrame({"mix_id": ids, "image": images}), context.workspace.mixed, shard, tables.MIXED, "key")
-    return Made(45, "mix")
+        write_part(
+            pl.DataFrame({"mix_id": ids, "image": images}), context.workspace.mixed, shard, tables.MIXED, record.fingerprint
+        )
+    return Made(45, record.fingerprint)
 
 
 def fit_teacher(context, record):
@@ -103,7 +106,8 @@ def annotate(context, record):
                     posterior if calibration.temperature else [None] * count, dtype=schema["log_posterior"]
                 ),
             }
-            write_part(pl.DataFrame(columns), context.workspace.annotations(name), shard, schema, "key")
+            key = _key(context.workspace, name, record.inputs["mix"])
+            write_part(pl.DataFrame(columns), context.workspace.annotations(name), shard, schema, key)
     return Made(90, "annotations")
 
 

@@ -80,7 +80,7 @@ def fit(root: Path, encoded: list[tuple[str, int]], monkeypatch: pytest.MonkeyPa
     """``fit(*overrides)`` runs the stage, with the pool's work done in this process."""
     monkeypatch.setattr("cluster.pools._node", lambda: "here")
 
-    def encode_shards(jobs: Any, pool: Any, on_receipt: Any) -> None:
+    def encode_shards(jobs: Any, pool: Any, on_receipt: Any, on_standing: Any) -> None:
         for shard in sorted(frozenset().union(*(job.shards for job in jobs))):
             block = pa.Table.from_pylist([{"shard": shard, "receipts": [], "failure": None}])
             for row in [row for table in EncodeShards(jobs, 1)(block) for row in table.to_pylist()]:

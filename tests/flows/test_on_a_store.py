@@ -265,8 +265,8 @@ def test_records_of_stages_are_read_once(bucket, monkeypatch):
 
 
 def test_doctor_looks_at_a_store(bucket, monkeypatch):
-    monkeypatch.setattr("flows.doctor._check_ray", lambda address, problems: {"address": address, "state": "ok"})
+    monkeypatch.setattr("flows.doctor._check_ray", lambda address, *others: {"address": address, "state": "ok"})
     findings = diagnose(bucket, "local")
-    assert (findings["problems"], findings["workspace"]["state"]) == ([], "not made yet")
+    assert (findings["problems"], findings["workspace"]["state"]) == ([], "written and read, not made yet")
     away = location("s3://nobody-made-this-bucket/w")
     assert "workspace s3://nobody-made-this-bucket/w: cannot be written and read" in diagnose(away, "local")["problems"][0]
