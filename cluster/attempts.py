@@ -134,9 +134,9 @@ class Attempts:
 
 
 def start_attempts() -> Any:
-    """The handle of an ``Attempts`` on the node of the driver, which ends with it."""
+    """The handle of an ``Attempts`` on the node of the driver, which ends with it; who is cut off from there for a while asks again."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(Attempts).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(Attempts).options(num_cpus=0, scheduling_strategy=here, max_task_retries=-1).remote()
 
 
 def living_nodes() -> set[str]:
