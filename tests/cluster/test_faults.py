@@ -109,6 +109,7 @@ def epochs_of(events: list[RunEvent], name: str) -> list[int]:
     return [event.epoch for event in events if event.run == name and event.kind == "epoch"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_many_trainings_go_on_with_the_workers_that_are_left(nodes, data, tmp_path):
     """Of 4 workers, 2 are lost with their node; the group starts again with 2, and no classifier is another than it would have been."""
