@@ -116,7 +116,7 @@ def trouble(standing: Standing) -> str:
 
 def remove_other_parts(directory: Path, files: Collection[str], rows: Collection[int]) -> None:
     """Remove those of the part files ``files`` whose shards the plan does not have, so that a reader may take every file of the folder."""
-    for name in set(files) - {part_path(directory, shard).name for shard in rows}:
+    for name in set(files) - {part_path(Path(), shard).name for shard in rows}:  # a path on a store takes ten times as long
         (directory / name).unlink(missing_ok=True)
 
 

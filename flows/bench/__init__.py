@@ -216,3 +216,42 @@ def _tune(trials: int, seconds: float, as_json: bool, debug: bool) -> None:
     from flows.bench.tune import tuning_overhead
 
     show_result(tuning_overhead(trials, seconds), as_json)
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, text: str) -> tuple[int, ...]:
+    """Whole numbers, as in "1e6,1e7"."""
+    try:
+        values = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        values = [0.0]
+    if any(value < 1 or value != int(value) for value in values):
+        raise click.BadParameter(f"expected whole numbers above 0 and commas, got {text!r}")
+    return tuple(map(int, values))
+
+
+@bench.command(
+    "scale",
+    short_help="More actors, and plans of 100 million rows.",
+    help="Images per second of 1, 2, 4 actors, and what plans of millions of rows cost to make, to list and to go on with.",
+)
+@click.option(
+    "--rows",
+    default="1e6,1e7",
+    show_default=True,
+    callback=_numbers,
+    metavar="N,...",
+    help='Of the plans. 1e8 takes about 10 minutes, 2 GiB of memory, and 1 GiB and 300,000 files of TMPDIR; "": none.',
+)
+@click.option(
+    "--actors", default="1,2,4", show_default=True, callback=_numbers, metavar="N,...", help='Of a mixing pool; "": none.'
+)
+@click.option("--seconds", type=click.FloatRange(min=0.1), default=20.0, show_default=True, help="Length of each mixing, about.")
+@with_options(OUTPUT_OPTIONS)
+def _scale(rows: tuple[int, ...], actors: tuple[int, ...], seconds: float, as_json: bool, debug: bool) -> None:
+    from flows.bench.scale import plans_table, scale, speeds_table
+
+    result = scale(rows, actors, seconds)
+    for shown in (*([speeds_table(result["actors"])] if actors else []), *([plans_table(result["plans"])] if rows else [])):
+        print_table(shown)
+    if as_json:
+        click.echo(json.dumps(result))

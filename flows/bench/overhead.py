@@ -1,10 +1,9 @@
 """bench overhead: what mixing through Ray Data costs, in time against a bare loop of the same work and in memory of the driver."""
 
-import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from csm.generators.config import GeneratorConfig
 from csm.mixing import mix
 from csm.planning import PlanConfig, make_plan
 from csm.sampling import SamplerConfig
+from flows.bench.clock import in_a_process, peak_mib
 from flows.progress import task
 
 SHAPE, CLASSES = (8, 8, 1), 10
@@ -46,12 +46,12 @@ def overhead(seconds: float = 60.0, shards: int = 200) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="csm-bench-") as folder:
         root = Path(folder)
-        _make_generator(root / "generator", (16, 32))
+        make_generator(root / "generator", (16, 32))
         generator = load_generator(root / "generator")
-        _write_plan(root / "plan.parquet", 1, SHARD_ROWS)
+        write_shards(root / "plan.parquet", 1, SHARD_ROWS)
         started = time.monotonic()
         mix(read_plan(root / "plan.parquet", 0), generator, SHAPE, SAMPLER, BATCH)
-        _write_plan(root / "plan.parquet", max(2, round(seconds / (time.monotonic() - started))), SHARD_ROWS)
+        write_shards(root / "plan.parquet", max(2, round(seconds / (time.monotonic() - started))), SHARD_ROWS)
         rows = plan_shards(root / "plan.parquet")
 
         started = time.monotonic()
@@ -62,7 +62,7 @@ def overhead(seconds: float = 60.0, shards: int = 200) -> dict[str, Any]:
                 progress.advance()
         bare = time.monotonic() - started
 
-        job = _job(root, rows, SAMPLER)
+        job = mix_job(root, rows, SAMPLER)
         started = time.monotonic()
         with session("local"):
             connected = time.monotonic()
@@ -70,7 +70,7 @@ def overhead(seconds: float = 60.0, shards: int = 200) -> dict[str, Any]:
                 process_shards(job, [], Pool(max_actors=1), Pool(), lambda receipt: progress.advance())
             spread = time.monotonic() - connected
         same = [tables.read(part_path(root / name, shard), tables.MIXED) for shard in rows for name in ("bare", "ray")]
-        peaks = [_in_a_process(_driver_peak, number) for number in (shards, 10 * shards)]
+        peaks = [in_a_process(_driver_peak, number) for number in (shards, 10 * shards)]
         return {
             "rows": sum(rows.values()),
             "bare_s": round(bare, 2),
@@ -91,26 +91,21 @@ def _driver_peak(shards: int) -> int:
     """Peak resident memory in MiB of this process, when it is the driver that mixes ``shards`` small shards."""
     with tempfile.TemporaryDirectory(prefix="csm-bench-") as folder, session("local"):
         root = Path(folder)
-        _make_generator(root / "generator", (4, 8))
-        _write_plan(root / "plan.parquet", shards, SMALL_ROWS)
+        make_generator(root / "generator", (4, 8))
+        write_shards(root / "plan.parquet", shards, SMALL_ROWS)
         rows = plan_shards(root / "plan.parquet")
         with task(f"driver, {shards} shards", len(rows)) as progress:
-            process_shards(_job(root, rows, SamplerConfig(steps=1)), [], Pool(max_actors=1), Pool(), lambda _: progress.advance())
+            process_shards(
+                mix_job(root, rows, SamplerConfig(steps=1)), [], Pool(max_actors=1), Pool(), lambda _: progress.advance()
+            )
         finished = finished_shards(root / "ray", "bench", rows)
     if len(finished) != shards:
         raise RuntimeError(f"{shards - len(finished)} of {shards} shards were not mixed")
-    # Not ru_maxrss: that of a process starts with its parent's.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return round(int(status["VmHWM"].split()[0]) / 1024)
+    return peak_mib()
 
 
-def _in_a_process(function: Callable[[int], int], argument: int) -> int:
-    """``function(argument)``, called in a new process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, (argument,))
-
-
-def _job(root: Path, shards: Collection[int], sampler: SamplerConfig) -> MixJob:
+def mix_job(root: Path, shards: Collection[int], sampler: SamplerConfig) -> MixJob:
+    """``shards`` of the plan below ``root``, by the generator there."""
     return MixJob(
         plan=root / "plan.parquet",
         generator=root / "generator",
@@ -123,7 +118,8 @@ def _job(root: Path, shards: Collection[int], sampler: SamplerConfig) -> MixJob:
     )
 
 
-def _make_generator(directory: Path, block_channels: tuple[int, ...]) -> None:
+def make_generator(directory: Path, block_channels: tuple[int, ...]) -> None:
+    """Write a UNet of random weights."""
     from csm.generators.unet import UNetGenerator, UNetSpec
 
     config = GeneratorConfig(block_channels=block_channels)
@@ -132,7 +128,7 @@ def _make_generator(directory: Path, block_channels: tuple[int, ...]) -> None:
     UNetGenerator(UNetSpec(SHAPE, CLASSES, 0.5, **settings)).save(directory)
 
 
-def _write_plan(path: Path, shards: int, shard_rows: int) -> None:
+def write_shards(path: Path, shards: int, shard_rows: int) -> None:
     """A plan of at least ``shards`` whole shards, cut to them."""
     sets = -(-shards * shard_rows // (8 * CLASSES * (CLASSES - 1) // 2))
     plan = make_plan(CLASSES, "bench", "bench", PlanConfig(sets_per_pair=sets, shard_rows=shard_rows))
