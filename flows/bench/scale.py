@@ -65,7 +65,7 @@ def plan_costs(rows: int) -> dict[str, Any]:
 
     Returns:
         rows, shards, parts (files of images and annotations), imports_mib; then step -> seconds and mib: plan (stage: made and written),
-        shards (``plan_shards``), read (of one shard, by a worker), first, listing (``part_bytes`` of the images), receipts
+        plan_shards, read (of one shard, by a worker), first, listing (``part_bytes`` of the images), receipts
         (``read_receipts``, of all parts), finished (``finished_parts`` of the images), resume, stale (of stage mix), footers
         (``finished_parts`` without a receipt; only of small plans).
     """
@@ -79,7 +79,7 @@ def plan_costs(rows: int) -> dict[str, Any]:
         root = Path(folder) / "workspace"
         in_a_process(_stages, root, settings, ("prepare", "generator", "fit-annotators"))
         steps = {"plan": in_a_process(_timed, _stages, root, settings, ("plan",))}
-        steps["shards"] = in_a_process(_timed, _shards, root)
+        steps["plan_shards"] = in_a_process(_timed, _shards, root)
         steps["read"] = in_a_process(_timed, _read, root)
         steps["first"] = _first_receipt(root, settings, stop=True)
         shards, parts = in_a_process(_fill, root, settings)

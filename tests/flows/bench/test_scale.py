@@ -6,10 +6,10 @@ import pytest
 from click.testing import CliRunner
 
 from flows.bench import actors
-from flows.bench.scale import plan_costs
+from flows.bench.scale import plan_costs, plans_table
 from flows.cli import cli
 
-STEPS = ["plan", "shards", "read", "first", "listing", "receipts", "finished", "resume", "stale"]
+STEPS = ["plan", "plan_shards", "read", "first", "listing", "receipts", "finished", "resume", "stale"]
 
 
 def test_numbers_that_are_none_are_refused() -> None:
@@ -23,6 +23,18 @@ def test_with_nothing_to_measure_it_says_nothing() -> None:
     said = CliRunner().invoke(cli, ["bench", "scale", "--rows", "", "--actors", "", "--json"])
     assert said.exit_code == 0, said.output
     assert json.loads(said.stdout)["actors"] == json.loads(said.stdout)["plans"] == []
+
+
+def test_a_step_that_a_plan_lacks_is_an_empty_cell() -> None:
+    cost = {"seconds": 1.5, "mib": 2000}
+    small, large = ({"rows": 1000 * n, "shards": n, "parts": 3 * n, "imports_mib": 280, "plan": cost} for n in (20, 4000))
+    table = plans_table([{**small, "footers": cost}, large])
+    assert [column.header for column in table.columns] == ["step", "20 shards", "4,000 shards"]
+    assert [list(column.cells) for column in table.columns] == [
+        ["plan", "footers"],
+        ["1.50 s 2,000 MiB"] * 2,
+        ["1.50 s 2,000 MiB", ""],
+    ]
 
 
 def test_actors_that_share_a_core_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
