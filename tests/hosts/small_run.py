@@ -74,7 +74,7 @@ class SmallRun:
         """Finished part files of mixed images, with the time when each was written."""
         return {path.name: path.stat().st_mtime_ns for path in (self.workspace / "mixed").glob("part-*")}
 
-    def check(self, oracle: Path | None = None) -> None:
+    def check(self, oracle: Path | None = None, steps: int = STEPS) -> None:
         """Every image of the plan is there, once, as are its annotations; they are those of ``oracle``, or of mixing without Ray."""
         plan = tables.read(self.workspace / "plan.parquet", tables.PLAN)
         shards = plan_shards(self.workspace / "plan.parquet")
@@ -90,7 +90,7 @@ class SmallRun:
         if oracle is None:
             generator = load_generator(self.workspace / "generator")
             rows = read_plan(self.workspace / "plan.parquet", 0)
-            direct = mix(rows, generator, info.shape, SamplerConfig(steps=STEPS), 128)
+            direct = mix(rows, generator, info.shape, SamplerConfig(steps=steps), 128)
             assert tables.read(part_path(self.workspace / "mixed", 0), tables.MIXED).equals(direct)
 
     def copy_unmixed(self, workspace: Path) -> "SmallRun":
