@@ -116,6 +116,7 @@ def test_a_sweep_its_result_and_its_best_configuration(sweep, csm, tmp_path):
         assert (tmp_path / "again" / "runs" / f"csm-seed{seed}" / "model.safetensors").read_bytes() == trial.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(sweep):
     made = sweep(train={"optimizer": {"epochs": 20}}, trials=4)
     driver = subprocess.Popen([CSM, *made.command()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
