@@ -42,5 +42,6 @@ def command_line(address: str) -> str:
 
 def _of_environment() -> list[str]:
     """Values of the variables whose names say that they are secret, longest first; paths of files that hold a secret are none."""
-    values = {value for name, value in os.environ.items() if VARIABLE.search(name)}
+    # Another thread may change the environment meanwhile.
+    values = {os.environ.get(name, "") for name in list(os.environ) if VARIABLE.search(name)}
     return sorted((value for value in values if len(value) >= SHORTEST and not value.startswith("/")), key=len, reverse=True)

@@ -1,4 +1,6 @@
+import os
 import subprocess
+import sys
 
 import pytest
 
@@ -146,3 +148,13 @@ def test_the_address_of_the_environment_is_used_and_an_empty_one_is_none(refused
 @pytest.mark.parametrize("bench", ["truth", "calibration"])
 def test_benchmarks_track_there_too(refused, bench):
     assert "no known kind of tracking store" in refused("bench", bench, "--tracking-uri", "foo://x")
+
+
+def test_mlflow_tells_nobody_of_its_use():
+    code = (
+        "import os, flows.tracking; from mlflow.telemetry.client import get_telemetry_client as c; print(c(), sorted(os.environ))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_DISABLE_TELEMETRY"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.startswith("None ")
+    assert "_MLFLOW_TELEMETRY_SESSION_ID" not in done.stdout
