@@ -134,7 +134,8 @@ def test_a_host_is_lost_while_classifiers_are_trained(whole, run, cluster, hosts
 
 
 def test_a_host_is_lost_during_a_sweep(run, cluster, hosts, tell):
-    sweep = f"{ONE_EACH} {LONG} --set tune.trials=4"
+    teacher = "--set annotate.members=1 --set annotate.teacher.optimizer.epochs=2"  # of the space, not what is tried here
+    sweep = f"{ONE_EACH} {LONG} {teacher} --set tune.trials=4"
     running = run.begin("tune", sweep)
     wait_for(lambda: len(list(run.workspace.glob("tune/trials/*/seed0/state.pt"))) == 2, running)
     hosts.kill(cluster.workers[0])
