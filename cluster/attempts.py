@@ -135,7 +135,8 @@ class Attempts:
 
 def start_attempts() -> Any:
     """The handle of an ``Attempts`` on the node of the driver, which ends with it; who is cut off from there for a while asks again."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Not a soft affinity: Ray puts an actor that takes no CPU on any node then, and the run would end with that node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Attempts).options(num_cpus=0, scheduling_strategy=here, max_task_retries=-1).remote()
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from csm.errors import InputError
-from csm.locations import store
+from csm.locations import read_bytes, store
 from flows.progress import say
 
 BEAT_SECONDS, GONE_SECONDS = 10.0, 40.0
@@ -44,7 +44,7 @@ def _take(path: Path, name: str) -> None:
     seen, since = b"", time.monotonic()
     while not _create(path, name):
         try:
-            now = path.read_bytes()
+            now = read_bytes(path)
         except FileNotFoundError:
             continue  # it was given back
         if not seen:
@@ -68,7 +68,7 @@ def _create(path: Path, name: str) -> bool:
         store(path).pipe_file(str(path), _state(name, 0), mode="create")
     except FileExistsError:
         return False
-    return bool(json.loads(path.read_bytes())["name"] == name)  # a store that does not know "create" lets the last one win
+    return bool(json.loads(read_bytes(path))["name"] == name)  # a store that does not know "create" lets the last one win
 
 
 def _beat(path: Path, name: str, ended: threading.Event) -> None:

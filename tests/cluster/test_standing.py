@@ -4,9 +4,11 @@ import sys
 import time
 
 import pytest
+import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
+from cluster.attempts import start_attempts
 from cluster.pools import ShardWorker, Step, make_receipt, run_steps
 from cluster.resources import Pool
 from cluster.session import session
@@ -36,7 +38,7 @@ class Slow(ShardWorker):
 
 
 def steps(mix: Pool, annotate: Pool):
-    return [Step("mix", Slow, {"seconds": 0.2}, mix, calls=2), Step("annotate", Slow, {"seconds": 0.05}, annotate)]
+    return [Step("mix", Slow, {"seconds": 1.5}, mix, calls=2), Step("annotate", Slow, {"seconds": 0.05}, annotate)]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,16 @@ def joined(cluster):
         yield cluster
 
 
-def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(joined, add):
+def test_attempts_are_known_on_the_node_of_the_driver(joined, add):
+    """Those of another node would be lost with it, and the run too."""
+    add(), add()
+    started = [start_attempts() for _ in range(6)]
+    ray.get([attempts.standing.remote(set()) for attempts in started])
+    where = {ray.get(attempts.__ray_call__.remote(lambda actor: ray.get_runtime_context().get_node_id())) for attempts in started}
+    assert where == {joined.head_node.node_id}
+
+
+def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(joined, add, processes):
     lost, _ = add(), add()
     fixed = Pool(min_actors=3, max_actors=3, cpus=0.5)
     receipts, standings, removed = [], [], []
@@ -77,12 +88,15 @@ def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(joined, 
     def on_receipt(receipt):
         receipts.append(receipt)
         if not removed and lost.node_id in {receipt.node for receipt in receipts}:
+            # Its workers too: they live on for a moment without their raylet, and would finish what they are at.
+            workers = processes.descendants(lost.all_processes["raylet"][0].process.pid)
+            processes.kill(workers)
             joined.remove_node(lost, allow_graceful=False)
             removed.append(lost)
 
-    run_steps(steps(fixed, Pool(max_actors=1, cpus=0.5)), range(30), on_receipt, standings.append)
+    run_steps(steps(fixed, Pool(max_actors=1, cpus=0.5)), range(20), on_receipt, standings.append)
     assert removed
-    assert sorted((r.part, r.shard) for r in receipts) == sorted((p, s) for p in ("mix", "annotate") for s in range(30))
+    assert sorted((r.part, r.shard) for r in receipts) == sorted((p, s) for p in ("mix", "annotate") for s in range(20))
     assert 1 <= standings[-1].lost <= 3
     assert 0 < standings[-1].seconds < 60
     assert standings[-1].wanting == ""

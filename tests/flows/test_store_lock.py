@@ -34,6 +34,14 @@ def test_a_holder_that_was_killed_is_waited_for_and_succeeded(bucket, capsys):
     assert "waiting up to 1 s" in capsys.readouterr().err
 
 
+def test_one_that_is_written_anew_while_it_is_read_is_still_held(bucket, monkeypatch):
+    monkeypatch.setattr(store_lock, "BEAT_SECONDS", 0.0)
+    with hold(bucket / ".lock"):
+        for _ in range(20):
+            with pytest.raises(InputError, match="works in it"):
+                hold(bucket / ".lock").__enter__()
+
+
 def test_of_many_only_one_gets_it(bucket):
     held: list[int] = []
     refused: list[Exception] = []
