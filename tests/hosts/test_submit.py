@@ -15,7 +15,8 @@ DEMO = {
     "plan.ratios": "3",
     "plan.sets_per_pair": "20",
     "plan.shard_rows": "6",
-    "annotate.members": "1",
+    "annotate.members": "4",
+    "annotate.encoders.teacher.parameters.views": "9",  # labelling that takes long enough for one worker to need the other
     "train.seeds": "1",
     "train.compare": "[cross-entropy,csm]",
     "train.optimizer.epochs": "2",
