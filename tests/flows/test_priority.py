@@ -65,7 +65,7 @@ class Mixing:
         assert self.process.wait(300) == 0, self.said.read_text()
         plan = pl.read_parquet(self.root / "plan.parquet")
         parts = sorted((self.root / "mixed").glob("part-*"))
-        assert len(parts) == plan["shard"].n_unique() == self.made() == self.shards
+        assert len(parts) == plan["shard"].n_unique() == self.shards
         assert pl.concat([pl.read_parquet(part) for part in parts])["mix_id"].to_list() == plan["mix_id"].to_list()
 
 
@@ -105,4 +105,5 @@ def test_a_run_gives_way_goes_on_when_the_other_is_killed_and_gives_way_again(tw
     high.finish()
     assert low.made() == before < low.shards
     low.finish()
-    assert low.said.read_text().count("started") == 1
+    assert low.made() == low.shards  # of the other one, receipts of what was under way were lost with its driver
+    assert low.said.read_text().count("mix: started") == 1
