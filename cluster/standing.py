@@ -15,6 +15,7 @@ from cluster.sharing import ahead
 
 TICK_SECONDS = 2.0
 PATIENCE_SECONDS = 300.0  # for nodes that are lost to come back, where those that are left do not do
+STOP = signal.SIGUSR1  # SIGINT is blocked in what a Ray job starts, and ignored in what a shell starts behind itself
 
 
 @contextmanager
@@ -45,12 +46,14 @@ def watching(attempts: Any, pools: Mapping[str, Pool], on_standing: Callable[[St
             if standing.working or not standing.wanting or ahead() is not None:
                 since = time.monotonic()
             elif time.monotonic() - since > PATIENCE_SECONDS:
-                if caller is threading.main_thread() and caller.ident:
+                if is_main and not end.is_set():
                     stuck.append(standing.wanting)
-                    signal.pthread_kill(caller.ident, signal.SIGINT)  # Ray Data would wait for ever
+                    signal.pthread_kill(caller, STOP)  # Ray Data would wait for ever
                 return
 
-    caller = threading.current_thread()
+    caller, is_main = threading.get_ident(), threading.current_thread() is threading.main_thread()
+    if is_main:
+        before = signal.signal(STOP, signal.default_int_handler)
     thread = threading.Thread(target=watch, name="csm-standing", daemon=True)
     thread.start()
     try:
@@ -62,4 +65,6 @@ def watching(attempts: Any, pools: Mapping[str, Pool], on_standing: Callable[[St
     finally:
         end.set()
         thread.join(TICK_SECONDS)
+        if is_main:
+            signal.signal(STOP, before)
     on_standing(ask())

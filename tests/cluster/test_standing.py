@@ -1,6 +1,8 @@
-"""Pools that take every CPU of a cluster that loses a node go on with what is left."""
+"""Pools that take every CPU of a cluster that loses nodes: they go on with what is left, wait, or stop."""
 
+import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -8,6 +10,7 @@ import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
+from cluster import standing
 from cluster.attempts import start_attempts
 from cluster.pools import ShardWorker, Step, make_receipt, run_steps
 from cluster.resources import Pool
@@ -71,6 +74,17 @@ def joined(cluster):
         yield cluster
 
 
+@pytest.fixture
+def lose(joined, processes):
+    """``lose(node)``, with its workers: they live on for a moment without their raylet, and would finish what they are at."""
+
+    def one(node):
+        processes.kill(processes.descendants(node.all_processes["raylet"][0].process.pid))
+        joined.remove_node(node, allow_graceful=False)
+
+    return one
+
+
 def test_attempts_are_known_on_the_node_of_the_driver(joined, add):
     """Those of another node would be lost with it, and the run too."""
     add(), add()
@@ -80,7 +94,7 @@ def test_attempts_are_known_on_the_node_of_the_driver(joined, add):
     assert where == {joined.head_node.node_id}
 
 
-def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(joined, add, processes):
+def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(add, lose):
     lost, _ = add(), add()
     fixed = Pool(min_actors=3, max_actors=3, cpus=0.5)
     receipts, standings, removed = [], [], []
@@ -88,10 +102,7 @@ def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(joined, 
     def on_receipt(receipt):
         receipts.append(receipt)
         if not removed and lost.node_id in {receipt.node for receipt in receipts}:
-            # Its workers too: they live on for a moment without their raylet, and would finish what they are at.
-            workers = processes.descendants(lost.all_processes["raylet"][0].process.pid)
-            processes.kill(workers)
-            joined.remove_node(lost, allow_graceful=False)
+            lose(lost)
             removed.append(lost)
 
     run_steps(steps(fixed, Pool(max_actors=1, cpus=0.5)), range(20), on_receipt, standings.append)
@@ -100,3 +111,60 @@ def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(joined, 
     assert 1 <= standings[-1].lost <= 3
     assert 0 < standings[-1].seconds < 60
     assert standings[-1].wanting == ""
+
+
+WANTING = "the 1 node(s) left, with 0 CPU and 0 GPU, have no room for mix (1 CPU, 0 GPU)"
+
+
+def test_pools_without_a_node_say_what_they_wait_for_and_go_on_with_the_next_one(add, lose, monkeypatch):
+    monkeypatch.setattr(standing, "TICK_SECONDS", 0.5)
+    node, receipts, told = add(), [], []
+    step = Step("mix", Slow, {"seconds": 0.3}, Pool())
+    work = threading.Thread(target=run_steps, args=([step], range(15), receipts.append, told.append), daemon=True)
+    work.start()  # not here: nodes are added from the main thread alone
+    wait_until(lambda: len(receipts) >= 3)
+    lose(node)
+    wait_until(lambda: told[-1].wanting)
+    assert told[-1].wanting == WANTING
+    assert told[-1].working == 0
+    assert len(receipts) < 15
+    joins = add()
+    wait_until(lambda: not work.is_alive())
+    assert sorted(receipt.shard for receipt in receipts) == list(range(15))
+    assert {receipt.node for receipt in receipts} == {node.node_id, joins.node_id}
+    assert told[-1].wanting == ""
+
+
+def test_pools_for_which_no_node_comes_back_stop(add, lose, monkeypatch):
+    """Also where SIGINT does nothing: it is blocked in what a Ray job starts. The session can be used, and left, after it."""
+    monkeypatch.setattr(standing, "TICK_SECONDS", 0.5)
+    monkeypatch.setattr(standing, "PATIENCE_SECONDS", 2.0)
+    node, receipts, lost = add(), [], []
+    step = Step("mix", Slow, {"seconds": 0.3}, Pool())
+
+    def on_receipt(receipt):
+        receipts.append(receipt)
+        if len(receipts) == 3:
+            lose(node)
+            lost.append(time.monotonic())
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with pytest.raises(RuntimeError, match="nodes were lost, ") as stopped:
+            run_steps([step], range(15), on_receipt)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    assert str(stopped.value) == f"nodes were lost, {WANTING}; add nodes, then run the same command again to go on"
+    assert time.monotonic() - lost[0] > 2.0
+    assert signal.getsignal(standing.STOP) == signal.SIG_DFL
+    add()
+    left = sorted(set(range(15)) - {receipt.shard for receipt in receipts})
+    run_steps([step], left, on_receipt)
+    assert sorted(receipt.shard for receipt in receipts) == list(range(15))
+
+
+def wait_until(what, seconds=120.0):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.1)
