@@ -183,7 +183,9 @@ def head(tmp_path_factory):
     }
     start = (
         f"{PYTHON.parent}/ray start --head --block --num-cpus=2 --object-store-memory=100000000 --disable-usage-stats --temp-dir={folder} "
-        f"--dashboard-host=127.0.0.1 --port={ports} --dashboard-port={ports + 1} --ray-client-server-port={ports + 2}"
+        f"--dashboard-host=127.0.0.1 --port={ports} --dashboard-port={ports + 1} --ray-client-server-port={ports + 2} "
+        # Another Ray on this machine has the usual one, and without it the agent takes no jobs.
+        f"--dashboard-agent-listen-port={ports + 3}"
     )
     ray = subprocess.Popen(start.split(), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     environment["URL"] = f"http://127.0.0.1:{ports + 1}"
