@@ -183,7 +183,9 @@ def head(tmp_path_factory):
     }
     start = (
         f"{PYTHON.parent}/ray start --head --block --num-cpus=2 --object-store-memory=100000000 --disable-usage-stats --temp-dir={folder} "
-        f"--dashboard-host=127.0.0.1 --port={ports} --dashboard-port={ports + 1} --ray-client-server-port={ports + 2}"
+        f"--dashboard-host=127.0.0.1 --port={ports} --dashboard-port={ports + 1} --ray-client-server-port={ports + 2} "
+        # Another Ray on this machine has the usual one, and without it the agent takes no jobs.
+        f"--dashboard-agent-listen-port={ports + 3}"
     )
     ray = subprocess.Popen(start.split(), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     environment["URL"] = f"http://127.0.0.1:{ports + 1}"
@@ -196,7 +198,7 @@ def head(tmp_path_factory):
         time.sleep(1)
     yield environment
     ray.send_signal(signal.SIGTERM)
-    ray.wait(30)
+    ray.wait(120)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -233,6 +235,7 @@ def test_a_job_from_its_start_to_its_exit_code(head, tmp_path, tiny):
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 def test_ctrl_c_leaves_it_the_same_command_joins_it_and_it_can_be_stopped(head, tmp_path, write_config):
     endless = write_config(generator={"steps": 10**6})
     command = ("fit-generator", "--config", endless, "--workspace", tmp_path / "w")
