@@ -149,7 +149,7 @@ def _check_ray(
     try:
         with session(address):
             joined = time.monotonic()
-            host = ray.get(ray.remote(num_cpus=0.1)(_host).remote())
+            host = ray.get(ray.remote(num_cpus=0)(_host).remote())  # no CPU: they may all be taken, or not have joined
             first = time.monotonic()
             resources = ray.cluster_resources()
             nodes = sum(node["Alive"] for node in ray.nodes())
