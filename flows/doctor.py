@@ -26,7 +26,8 @@ from csm.posthoc import POSTHOC
 from csm.reannotation import CALIBRATORS, HEADS
 from csm.schedules import SCHEDULES
 from flows.annotators import ENSEMBLE
-from flows.config import config_names, load_config
+from flows.config import load_config
+from flows.config_layers import config_names
 from flows.doctor_cluster import check_cluster, node_lines
 from flows.report_run import machine
 from flows.tracking_address import OWN, Address
