@@ -277,7 +277,9 @@ def compare(names: tuple[str, ...], workspace: Path, html: Path | None, as_json:
         click.echo(json.dumps({**values(compared), "html": page, "seconds": round(time.monotonic() - started, 3)}))
 
 
-@cli.command(help="Check this machine, the installation and, with --address, a Ray cluster.")
+@cli.command(
+    help="Check this machine, the installation and, with --address, every node of a Ray cluster; a problem makes the exit code 1."
+)
 @with_options((WORKSPACE_OPTION,))
 @click.option("--address", default="local", show_default=True, help="Ray: local, auto, HOST:PORT or ray://HOST:PORT.")
 @with_options(TRACKING_OPTIONS[:1])
