@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from csm.errors import InputError
 from csm.locations import is_remote, location, reach, remove
 
 ANSWER_SECONDS = 60.0  # for a worker process to start on a node and to look around
@@ -81,35 +82,36 @@ def look(found: Sequence[Node], packages: Sequence[str], server: str = "") -> No
             setattr(node, name, value)
 
 
-def share(found: Sequence[Node], folder: Path) -> None:
+def share(found: Sequence[Node], folder: Path) -> str:
     """Let this process and every node that answered write a file into ``folder`` and read those of all the others.
 
-    ``folder`` is made for it, and removed everywhere; its parent must be there. What fails is put into ``storage`` of the nodes.
+    Most are taken to be right where not all see the same, so that one odd node is named alone: what is wrong with those at odds with them
+    is put into ``storage`` of the nodes. ``folder`` is made for it, and removed everywhere; its parent must be there.
 
-    Raises:
-        OSError, InputError: this process cannot write there.
+    Returns:
+        What is wrong with this process's own storage, "" if nothing.
     """
-    able, place = [node for node in found if not node.error], str(folder)
+    able, place, own = [node for node in found if not node.error], str(folder), ""
     names = {"driver": "this machine", **{node.id: node.label for node in able}}
     try:
-        write(place, "driver")
+        try:
+            write(place, "driver")
+        except (OSError, InputError) as error:
+            own = f"cannot write: {_line(error)}"
         for node, (_, error, _) in zip(able, _everywhere(able, lambda node: (write, (place, node.id))), strict=True):
             node.storage = error and f"cannot write: {error}"
         readers = [node for node in able if not node.storage]
-        written = ["driver", *(node.id for node in readers)]
+        written = [*([] if own else ["driver"]), *(node.id for node in readers)]
         reads = _everywhere(readers, lambda node: (missing, (place, written)))
-        unseen = {"driver": missing(place, written)} | {
-            node.id: answer or [] for node, (answer, _, _) in zip(readers, reads, strict=True)
-        }
+        unseen = {} if own else {"driver": missing(place, written)}
+        unseen |= {node.id: answer or [] for node, (answer, _, _) in zip(readers, reads, strict=True)}
+        own = own or _sight("driver", unseen, names)
         for node, (_, error, _) in zip(readers, reads, strict=True):
-            lost = [names[name] for name in unseen[node.id]]
-            blind = [names[reader] for reader, without in unseen.items() if node.id in without and reader != node.id]
-            sees = [f"does not see what {_some(lost)} wrote"] if lost else []
-            seen = [f"{_some(blind)} does not see what it wrote"] if blind else []
-            node.storage = f"cannot read: {error}" if error else ", and ".join([*sees, *seen])
+            node.storage = f"cannot read: {error}" if error else _sight(node.id, unseen, names)
     finally:
         _everywhere(able, lambda node: (clean, (place,)))
         clean(place)
+    return own
 
 
 def facts(packages: Sequence[str], server: str, gpus: float) -> dict[str, Any]:
@@ -180,6 +182,18 @@ def clean(folder: str) -> None:
     """Remove ``folder``, whoever made it; another may be at it too."""
     with suppress(Exception):
         remove(location(folder))
+
+
+def _sight(name: str, unseen: Mapping[str, Sequence[str]], names: Mapping[str, str]) -> str:
+    """What of ``unseen``, whose files each one does not see, is the fault of ``name``: what is between it and those who see the same."""
+    apart = {one: {other for other in unseen if other in unseen[one] or one in unseen[other]} for one in unseen}
+    middle = min(unseen, key=lambda one: len(apart[one]))  # who gets on with most; this process comes first
+    agreed = [one for one in unseen if one not in apart[middle]]
+    lost = [names[one] for one in agreed if one in unseen[name]]
+    blind = [names[one] for one in agreed if name in unseen[one]]
+    sees = [f"does not see what {_some(lost)} wrote"] if lost else []
+    seen = [f"{_some(blind)} does not see what it wrote"] if blind else []
+    return ", and ".join([*sees, *seen])
 
 
 def _holds(path: Path, name: str) -> bool:

@@ -12,9 +12,8 @@ from typing import Any
 import click
 
 from flows.bench import bench
-from flows.model_commands import calibrate, check, predict
+from flows.model_commands import calibrate, check, export, predict, serve
 from flows.options import (
-    CONFIG_OPTIONS,
     ESTIMATE_OPTIONS,
     OUTPUT_OPTIONS,
     SHARED_OPTIONS,
@@ -76,7 +75,7 @@ def cli() -> None:
 
 
 cli.add_command(bench)
-for command in (predict, check, calibrate):
+for command in (predict, check, calibrate, export, serve):
     cli.add_command(command)
 
 
@@ -182,67 +181,6 @@ def tune(workspace: Path, as_json: bool, debug: bool, **options: Any) -> None:
         click.echo(json.dumps(result))
 
 
-@cli.command(help="Write the mixed images with their soft labels, or the finished model, for other programs.")
-@with_options(CONFIG_OPTIONS)
-@click.option(
-    "--format",
-    required=True,
-    help="Of the images: image-folder, webdataset or huggingface (parquet). Of the model: onnx, safetensors or mlflow.",
-)
-@click.option("--model", metavar="M", help="The model: a folder, models:/NAME/VERSION or runs:/ID/model.  [default: --workspace]")
-@click.option("--tracking-uri", metavar="URI", help="The MLflow store of --model.  [default: MLFLOW_TRACKING_URI]")
-@click.option("--annotator", help="Whose soft labels; none: the ratios alone.  [default: annotate.annotator]")
-@click.option("--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="A new or empty folder.")
-@click.option(
-    "--shard-rows", type=click.IntRange(min=1), default=10000, show_default=True, help="Images of one tar or parquet file."
-)
-@with_options(OUTPUT_OPTIONS)
-def export(
-    config: str,
-    overrides: tuple[str, ...],
-    workspace: Path,
-    format: str,
-    model: str | None,
-    tracking_uri: str | None,
-    annotator: str | None,
-    output: Path,
-    shard_rows: int,
-    as_json: bool,
-    debug: bool,
-) -> None:
-    started = time.monotonic()
-    from flows.config import load_config
-
-    resolved = load_config(config, overrides)
-    from flows.export import export as write
-    from flows.export_model import MODEL_FORMATS, export_model
-
-    if format in MODEL_FORMATS:
-        result = export_model(workspace, model, format, output, tracking_uri)
-    else:
-        result = write(resolved, workspace, format, annotator, output, shard_rows)
-    result["seconds"] = round(time.monotonic() - started, 3)
-    click.echo(f"export: {result['output']}")
-    if as_json:
-        click.echo(json.dumps(result))
-
-
-@cli.command(help="Answer requests over HTTP with the finished model: POST /invocations, GET /health.")
-@click.option(
-    "--model", metavar="M", default="workspace", show_default=True, help="A folder, models:/NAME/VERSION or runs:/ID/model."
-)
-@click.option("--tracking-uri", metavar="URI", help="The MLflow store of --model.  [default: MLFLOW_TRACKING_URI]")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(1, 65535), default=5001, show_default=True)
-@click.option("--max-batch", type=click.IntRange(min=1), default=256, show_default=True, help="Images of one request.")
-@click.option("--max-bytes", type=click.IntRange(min=1), help="Size of one request.  [default: what --max-batch images take]")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def serve(model: str, tracking_uri: str | None, host: str, port: int, max_batch: int, max_bytes: int | None, debug: bool) -> None:
-    from flows.serve import serve as answer
-
-    answer(model, host, port, max_batch, max_bytes, tracking_uri)
-
-
 @cli.command(help="Open the MLflow UI on the workspace's runs.")
 @with_options((WORKSPACE_OPTION,))
 @with_options(TRACKING_OPTIONS)
@@ -277,7 +215,9 @@ def compare(names: tuple[str, ...], workspace: Path, html: Path | None, as_json:
         click.echo(json.dumps({**values(compared), "html": page, "seconds": round(time.monotonic() - started, 3)}))
 
 
-@cli.command(help="Check this machine, the installation and, with --address, a Ray cluster.")
+@cli.command(
+    help="Check this machine, the installation and, with --address, every node of a Ray cluster; a problem makes the exit code 1."
+)
 @with_options((WORKSPACE_OPTION,))
 @click.option("--address", default="local", show_default=True, help="Ray: local, auto, HOST:PORT or ray://HOST:PORT.")
 @with_options(TRACKING_OPTIONS[:1])

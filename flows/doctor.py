@@ -26,7 +26,8 @@ from csm.posthoc import POSTHOC
 from csm.reannotation import CALIBRATORS, HEADS
 from csm.schedules import SCHEDULES
 from flows.annotators import ENSEMBLE
-from flows.config import config_names, load_config
+from flows.config import load_config
+from flows.config_layers import config_names
 from flows.doctor_cluster import check_cluster, node_lines
 from flows.report_run import machine
 from flows.tracking_address import OWN, Address
@@ -149,7 +150,7 @@ def _check_ray(
     try:
         with session(address):
             joined = time.monotonic()
-            host = ray.get(ray.remote(num_cpus=0.1)(_host).remote())
+            host = ray.get(ray.remote(num_cpus=0)(_host).remote())  # no CPU: they may all be taken, or not have joined
             first = time.monotonic()
             resources = ray.cluster_resources()
             nodes = sum(node["Alive"] for node in ray.nodes())

@@ -8,7 +8,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cluster.probe import Node, code, look, nodes, share
-from csm.errors import InputError
 from csm.locations import is_remote
 from flows.tracking_address import Address
 
@@ -25,10 +24,13 @@ def check_cluster(
     """
     found = nodes()
     look(found, [name for name in versions if name != "python"], _without_secrets(tracking))
-    try:
-        share(found, _trial(workspace))
-    except (OSError, InputError) as error:
-        problems.append(f"workspace {workspace}: this machine cannot write there ({error}): choose another place")
+    if wrong := share(found, _trial(workspace)):
+        problems.append(f"workspace {workspace}: this machine {wrong}: {_storage_hint(workspace)}")
+    if not any(node.cpus for node in found):
+        problems.append(
+            "no node has a CPU to work with: the workers have not joined; wait until `ray status` lists them, or see why they do not "
+            "(docs/cluster.md, When something fails)"
+        )
     problems += [f"node {node.label}: {problem}" for node in found for problem in _problems(node, workspace, tracking)]
     problems += _differences(found, {**versions, "code": code()})
     if open_nodes := [node.label for node in found if not node.error and node.auth != "token"]:
@@ -60,12 +62,7 @@ def _problems(node: Node, workspace: Path, tracking: Address) -> list[str]:
         ]
     found = []
     if node.storage:
-        hint = (
-            "give the nodes the rights to the store (credentials in their environment, or an instance profile)"
-            if is_remote(workspace)
-            else "mount one shared folder at the same path on every node, writable for the account that runs Ray, or use s3://BUCKET/FOLDER"
-        )
-        found.append(f"workspace {workspace}: {node.storage}: {hint}")
+        found.append(f"workspace {workspace}: {node.storage}: {_storage_hint(workspace)}")
     if node.tracking:
         found.append(
             f"tracking store {tracking}: does not answer ({node.tracking}): let it listen on an address that the nodes reach "
@@ -74,6 +71,12 @@ def _problems(node: Node, workspace: Path, tracking: Address) -> list[str]:
     if node.cuda:
         found.append(f"torch cannot use its GPU ({node.cuda}): install the driver and a CUDA build of torch there")
     return found
+
+
+def _storage_hint(workspace: Path) -> str:
+    if is_remote(workspace):
+        return "give it the rights to the store (credentials in its environment, or an instance profile)"
+    return "mount one shared folder at the same path on every node, writable for the account that runs Ray, or use s3://BUCKET/FOLDER"
 
 
 def _differences(found: Sequence[Node], here: Mapping[str, str | None]) -> list[str]:

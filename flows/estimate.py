@@ -21,7 +21,7 @@ from flows.progress import say
 KINDS = ("gpu", "core")
 ASSUMED = (
     "all of the work, also what is done already",
-    "workers that are always busy; no second try of what is lost with a machine",
+    "workers that are always busy; no machine is lost, so nothing is done twice",
     "a training of several workers is as many times faster",
     "prepare, plan, fitting heads, shift, evaluate and report are not counted: they take minutes of one core",
 )

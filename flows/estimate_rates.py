@@ -70,9 +70,14 @@ def _same_workers(workspace: Workspace, config: Config, load: Load) -> bool:
     if not workspace.config.is_file():
         return False
     section = _SECTION[load.stage]
-    before = yaml.safe_load(workspace.config.read_text()).get("resources", {}).get(section, {})
     now = getattr(config.resources, section)
-    return before.get("cpus", now.cpus) == now.cpus and bool(before.get("gpus", now.gpus)) == bool(now.gpus)
+    try:
+        before = yaml.safe_load(workspace.config.read_text()).get("resources", {}).get(section, {})
+        return before.get("cpus", now.cpus) == now.cpus and bool(before.get("gpus", now.gpus)) == bool(now.gpus)
+    except (yaml.YAMLError, ValueError, AttributeError):
+        raise InputError(
+            f"{workspace.config}: damaged, not a configuration: remove it; the next stage that is run writes it"
+        ) from None
 
 
 def _measurements(workspace: Workspace, config: Config, load: Load, device: str, seconds: float) -> Iterator[Callable[[], float]]:

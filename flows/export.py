@@ -22,8 +22,9 @@ from flows.config import Config, plain
 from flows.export_model import MODEL_FORMATS
 from flows.fit_annotators import annotators, calibration_of, resolve
 from flows.progress import say, task
+from flows.reuse import require
 from flows.run import STAGES, terminable
-from flows.stages import Context, require
+from flows.stages import Context
 
 NONE = "none"  # in place of an annotator: the ratios alone
 

@@ -16,7 +16,8 @@ from csm.mixing import evaluations_per_image
 from csm.planning import ratio_grid
 from flows.artifacts import StageRecord, Workspace
 from flows.progress import task
-from flows.stages import Context, Losses, Made, Stage, stale
+from flows.reuse import stale
+from flows.stages import Context, Losses, Made, Stage
 
 TRACKED_SECONDS = 10.0  # between two points in MLflow
 

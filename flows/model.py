@@ -23,7 +23,8 @@ from flows.config import REGISTRY_FORBIDS, Config
 from flows.evaluate import split_logits
 from flows.mlflow_model import save_mlflow
 from flows.progress import say
-from flows.stages import Context, Made, Stage, stale
+from flows.reuse import stale
+from flows.stages import Context, Made, Stage
 from flows.summary import TEMPERATURE
 from flows.train import run_specs
 

@@ -1,4 +1,4 @@
-"""The verbs that use a finished model, or logits alone: `csm predict`, `csm check`, `csm calibrate`."""
+"""The verbs that use a finished model, mixed images or logits: `csm predict`, `check`, `calibrate`, `export`, `serve`."""
 
 import json
 import shlex
@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from flows.options import OUTPUT_OPTIONS, print_table, with_options
+from flows.options import CONFIG_OPTIONS, OUTPUT_OPTIONS, print_table, with_options
 
 MODEL_OPTIONS = (
     click.option(
@@ -113,6 +113,67 @@ def calibrate(as_json: bool, debug: bool, **options: Any) -> None:
     if result["output"]:
         click.echo(f"report: {result['output']}/report.html")
     _finish(result, started, as_json)
+
+
+@click.command(help="Write the mixed images with their soft labels, or the finished model, for other programs.")
+@with_options(CONFIG_OPTIONS)
+@click.option(
+    "--format",
+    required=True,
+    help="Of the images: image-folder, webdataset or huggingface (parquet). Of the model: onnx, safetensors or mlflow.",
+)
+@click.option("--model", metavar="M", help="The model: a folder, models:/NAME/VERSION or runs:/ID/model.  [default: --workspace]")
+@click.option("--tracking-uri", metavar="URI", help="The MLflow store of --model.  [default: MLFLOW_TRACKING_URI]")
+@click.option("--annotator", help="Whose soft labels; none: the ratios alone.  [default: annotate.annotator]")
+@click.option("--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="A new or empty folder.")
+@click.option(
+    "--shard-rows", type=click.IntRange(min=1), default=10000, show_default=True, help="Images of one tar or parquet file."
+)
+@with_options(OUTPUT_OPTIONS)
+def export(
+    config: str,
+    overrides: tuple[str, ...],
+    workspace: Path,
+    format: str,
+    model: str | None,
+    tracking_uri: str | None,
+    annotator: str | None,
+    output: Path,
+    shard_rows: int,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    started = time.monotonic()
+    from flows.config import load_config
+
+    resolved = load_config(config, overrides)
+    from flows.export import export as write
+    from flows.export_model import MODEL_FORMATS, export_model
+
+    if format in MODEL_FORMATS:
+        result = export_model(workspace, model, format, output, tracking_uri)
+    else:
+        result = write(resolved, workspace, format, annotator, output, shard_rows)
+    result["seconds"] = round(time.monotonic() - started, 3)
+    click.echo(f"export: {result['output']}")
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+@click.command(help="Answer requests over HTTP with the finished model: POST /invocations, GET /health.")
+@click.option(
+    "--model", metavar="M", default="workspace", show_default=True, help="A folder, models:/NAME/VERSION or runs:/ID/model."
+)
+@click.option("--tracking-uri", metavar="URI", help="The MLflow store of --model.  [default: MLFLOW_TRACKING_URI]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=5001, show_default=True)
+@click.option("--max-batch", type=click.IntRange(min=1), default=256, show_default=True, help="Images of one request.")
+@click.option("--max-bytes", type=click.IntRange(min=1), help="Size of one request.  [default: what --max-batch images take]")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def serve(model: str, tracking_uri: str | None, host: str, port: int, max_batch: int, max_bytes: int | None, debug: bool) -> None:
+    from flows.serve import serve as answer
+
+    answer(model, host, port, max_batch, max_bytes, tracking_uri)
 
 
 def _line() -> str:

@@ -94,15 +94,20 @@ SHARED_OPTIONS = (
 ESTIMATE_OPTIONS = (
     click.option("--estimate", is_flag=True, help="Do not plan: say what the whole configuration will cost, in device-hours and money."),
     click.option(
-        "--rate", "rates", multiple=True, metavar="STAGE=N", help="With --estimate: images/s of one worker of STAGE; repeatable."
+        "--rate", "rates", multiple=True, metavar="STAGE=N",
+        help="With --estimate: images/s of one worker of STAGE (mix, annotate, train, ...); repeatable.",
     ),
     click.option(
-        "--price", "prices", multiple=True, metavar="KIND=AMOUNT", help="With --estimate: of an hour of a gpu or a core; repeatable."
+        "--price", "prices", multiple=True, metavar="KIND=AMOUNT",
+        help="With --estimate: price of an hour of a device; KIND is gpu or core; repeatable.",
     ),
-    click.option("--devices", type=click.IntRange(min=1), help="With --estimate: how many GPUs (and cores) work, for the hours."),
+    click.option(
+        "--devices", type=click.IntRange(min=1),
+        help="With --estimate: devices of each kind that work at once; tells the hours of the clock.",
+    ),
     click.option(
         "--measure", type=click.FloatRange(min=0), metavar="SECONDS",
-        help="With --estimate: length of a measurement; 0: none.  [default: 5]",
+        help="With --estimate: length of the measurement of a speed that is not known; 0: none.  [default: 5]",
     ),
 )  # fmt: skip
 

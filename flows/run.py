@@ -33,8 +33,9 @@ from flows import (
 from flows.artifacts import Workspace, open_workspace
 from flows.config import Config
 from flows.result_tables import posthoc_table, shift_table, terminal_table
+from flows.reuse import refuse_replacing, require, run_stages
 from flows.shift_summary import shift_tables
-from flows.stages import Context, refuse_replacing, require, run_stages
+from flows.stages import Context
 from flows.summary import summary_table
 from flows.tracking_address import OWN, Address
 

@@ -16,8 +16,9 @@ from csm.search.space import SearchSpace
 from flows.artifacts import Workspace
 from flows.config import Config, plain
 from flows.progress import say
+from flows.reuse import refuse_replacing, run_stages, stale
 from flows.run import STAGES, verb_stages
-from flows.stages import Context, refuse_replacing, run_stages, stale
+from flows.stages import Context
 from flows.sweep_records import SweepFolder
 from flows.sweeps import trial_config
 

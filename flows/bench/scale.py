@@ -26,8 +26,9 @@ from flows.bench.actors import CASES, actor_speed
 from flows.bench.clock import in_a_process, peak_mib
 from flows.config import Config, load_config
 from flows.progress import say
+from flows.reuse import run_stages, stale
 from flows.run import STAGES
-from flows.stages import Context, Made, run_stages, stale
+from flows.stages import Context, Made
 
 SHARD_ROWS, RATIOS, PAIRS = 1000, 8, 45
 LEFT = 4  # shards that a run which goes on still has to do

@@ -65,38 +65,92 @@ def test_a_node_that_is_not_there_does_not_hold_the_others(ray_session, tmp_path
 
 def test_a_folder_that_cannot_be_written(ray_session, tmp_path):
     found = nodes()
-    with pytest.raises(OSError, match="No such file"):
-        share(found, tmp_path / "not" / "there")
+    wrong = share(found, tmp_path / "not" / "there")
+    assert wrong == f"cannot write: No such file or directory ({tmp_path}/not/there)"
+    assert [node.storage for node in found] == [wrong]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_does_not_see_what_the_others_wrote(monkeypatch, tmp_path):
-    """Three nodes, of which the last has another disk at the same path."""
-    own = tmp_path / "own"
-    own.mkdir()
+@pytest.fixture
+def on_disks(monkeypatch):
+    """``on_disks(driver, **disks)`` lets them share a folder, each on the disk of that name; the nodes, and what is wrong with the driver.
 
-    def place(node, path):
-        return str(own / Path(path).name) if node.id == "c" else path
+    On the disk "sealed" nothing can be written, and what lies on "private" only those with that disk can read, who can read "shared" too.
+    """
+    lie = {}
 
-    def everywhere(found, call):
-        results = []
-        for node in found:
-            function, (path, *more) = call(node)
-            results.append((function(place(node, path), *more), "", 0.0))
-        return results
+    def write_at(disk, name):
+        if disk == "sealed":
+            raise PermissionError(13, "Permission denied", "/w")
+        lie[name] = disk
 
-    monkeypatch.setattr(probe, "_everywhere", everywhere)
-    monkeypatch.setattr(probe, "SEEN_SECONDS", 0.3)
-    found = [Node(name, f"h-{name}", f"10.0.0.{number}", 1, 0) for number, name in enumerate("abc")]
-    share(found, tmp_path / "trial")
-    others = "does not see what h-c (10.0.0.2) wrote, and h-c (10.0.0.2) does not see what it wrote"
-    assert [node.storage for node in found[:2]] == [others] * 2
-    assert found[2].storage == (
-        "does not see what this machine, h-a (10.0.0.0), h-b (10.0.0.1) wrote, and this machine, h-a (10.0.0.0), h-b (10.0.0.1) does "
-        "not see what it wrote"
+    def missing_at(disk, names):
+        seen = {disk, "shared"} if disk == "private" else {disk}
+        return [name for name in names if lie[name] not in seen]
+
+    def run(driver, **disks):
+        def everywhere(found, call):
+            results = []
+            for node in found:
+                function, (_, *more) = call(node)
+                try:
+                    results.append((function(disks[node.id], *more), "", 0.0))
+                except OSError as error:
+                    results.append((None, probe._line(error), 0.0))
+            return results
+
+        for name, function in {
+            "_everywhere": everywhere,
+            "write": write_at,
+            "missing": missing_at,
+            "clean": lambda _: None,
+        }.items():
+            monkeypatch.setattr(probe, name, function)
+        found = [Node(name, name, "ip", 1, 0) for name in disks]
+        return {node.id: node for node in found}, share(found, Path(driver))
+
+    return run
+
+
+def test_one_node_with_another_disk_at_the_same_path(on_disks):
+    found, wrong = on_disks("shared", a="shared", b="shared", c="own")
+    assert [wrong, found["a"].storage, found["b"].storage] == ["", "", ""]
+    assert found["c"].storage == (
+        "does not see what this machine, a (ip), b (ip) wrote, and this machine, a (ip), b (ip) does not see what it wrote"
     )
-    assert list(own.iterdir()) == []
-    assert list(tmp_path.iterdir()) == [own]
+
+
+def test_one_node_whose_files_the_others_cannot_read(on_disks):
+    found, wrong = on_disks("shared", a="shared", b="private")
+    assert [wrong, found["a"].storage] == ["", ""]
+    assert found["b"].storage == "this machine, a (ip) does not see what it wrote"
+
+
+def test_one_node_that_cannot_write(on_disks):
+    found, wrong = on_disks("shared", a="shared", b="sealed")
+    assert [wrong, found["a"].storage] == ["", ""]
+    assert found["b"].storage == "cannot write: Permission denied (/w)"
+
+
+def test_no_two_nodes_with_the_same_disk(on_disks):
+    found, wrong = on_disks("own", a="a", b="b")
+    assert wrong == ""  # nobody is in the majority: this machine is what they are held against
+    assert [node.storage for node in found.values()] == [
+        "does not see what this machine wrote, and this machine does not see what it wrote"
+    ] * 2
+
+
+def test_the_driver_is_the_odd_one(on_disks):
+    found, wrong = on_disks("own", a="shared", b="shared")
+    assert wrong == "does not see what a (ip), b (ip) wrote, and a (ip), b (ip) does not see what it wrote"
+    assert [node.storage for node in found.values()] == ["", ""]
+
+
+def test_a_driver_that_cannot_write_leaves_the_nodes_to_be_judged(on_disks):
+    found, wrong = on_disks("sealed", a="shared", b="shared", c="own")
+    assert wrong == "cannot write: Permission denied (/w)"
+    assert [found["a"].storage, found["b"].storage] == ["", ""]
+    assert found["c"].storage == "does not see what a (ip), b (ip) wrote, and a (ip), b (ip) does not see what it wrote"
 
 
 def test_files_on_a_store(bucket):

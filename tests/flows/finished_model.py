@@ -7,8 +7,9 @@ from csm import storage
 from csm.runs import fit_run
 from flows.artifacts import Workspace
 from flows.config import load_config
+from flows.reuse import run_stage
 from flows.run import STAGES
-from flows.stages import Context, Made, run_stage
+from flows.stages import Context, Made
 from flows.train import run_specs
 
 SETTINGS = (

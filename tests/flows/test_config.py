@@ -4,7 +4,8 @@ import yaml
 from csm.errors import InputError
 from csm.losses import HARD
 from csm.pixel_mixing import PIXEL_MIXING
-from flows.config import config_names, load_config, plain
+from flows.config import load_config, plain
+from flows.config_layers import config_names
 
 # The bundled configuration for images of one's own says nothing of where they are.
 NEEDED = {"image-folder": ("data.path=somewhere",)}

@@ -182,6 +182,15 @@ def test_mixing_by_another_network_or_on_other_workers_says_nothing(root: Path, 
     assert recorded(Workspace(root), other, by_stage(other)["mix"]) is None
 
 
+@pytest.mark.parametrize("text", ["resources: {mix: [", "- a list", "", "resources: none", "resources: {mix: 3}"])
+def test_a_damaged_configuration_of_the_workspace_is_named(root: Path, text: str) -> None:
+    (root / "config.yaml").write_text(text)
+    config = load_config("digits")
+    with pytest.raises(InputError, match=r"config\.yaml: damaged, not a configuration: remove it") as refused:
+        recorded(Workspace(root), config, by_stage(config)["mix"])
+    assert "\n" not in str(refused.value)
+
+
 def test_mixing_by_a_generator_that_was_replaced_says_nothing(root: Path) -> None:
     config = configuration()
     write_receipts(root, ("mixed", 0, 90, 20.0))

@@ -27,8 +27,9 @@ from flows import cli
 from flows.annotate import _key
 from flows.artifacts import Workspace
 from flows.config import load_config, plain
+from flows.reuse import run_stage
 from flows.run import STAGES
-from flows.stages import Context, Made, run_stage
+from flows.stages import Context, Made
 
 SHAPE, NAMES = (6, 5, 3), ("black cat", "dog/wolf", "größe")
 CALIBRATIONS = {

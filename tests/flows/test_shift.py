@@ -22,8 +22,9 @@ from flows import evaluate_shift
 from flows.artifacts import StageRecord, Workspace
 from flows.config import load_config
 from flows.evaluate_shift import shift_metrics
+from flows.reuse import run_stage, stale
 from flows.run import STAGES
-from flows.stages import Context, Made, run_stage, stale
+from flows.stages import Context, Made
 from flows.train import run_specs
 
 PIXEL = "evaluate.shifts.noise={kind: corrupted, parameters: {corruptions: gaussian-noise, severities: '2,4'}}"

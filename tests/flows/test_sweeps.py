@@ -4,7 +4,8 @@ import pytest
 
 from csm.errors import InputError
 from flows import fit_annotators, fit_teacher, train
-from flows.config import Config, config_names, load_config
+from flows.config import Config, load_config
+from flows.config_layers import config_names
 from flows.stages import plain_settings
 from flows.sweeps import TuneConfig, best_config, check_tune, trial_config
 

@@ -8,7 +8,8 @@ import pytest
 from csm.errors import InputError
 from flows.artifacts import Workspace
 from flows.config import load_config
-from flows.stages import Context, Losses, Made, Stage, refuse_replacing, run_stage, stale
+from flows.reuse import refuse_replacing, run_stage, stale
+from flows.stages import Context, Losses, Made, Stage
 
 
 class FakeTracker:

@@ -1,0 +1,111 @@
+"""Layers of a configuration: YAML files and overrides, laid one over the other as plain values."""
+
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from csm.errors import InputError
+from csm.locations import location
+from csm.search.sections import merge_spaces
+
+SPACE = "space"  # of the section tune: its keys are dotted keys of the configuration
+
+
+def config_names() -> list[str]:
+    """Names of the bundled configurations."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in files("flows.configs").iterdir() if entry.name.endswith(".yaml"))
+
+
+def read(name: str) -> dict[str, Any]:
+    """What stands in configuration ``name``, or in the file of that path; ``InputError`` if it cannot be read."""
+    path = location(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise InputError(f"--config {name}: {'is a folder, not a file' if path.is_dir() else 'the file does not exist'}")
+        return _parse(path.read_text(encoding="utf-8", errors="replace"), name)
+    if name == "default" or name not in config_names():
+        if path.is_file():
+            raise InputError(f"--config {name}: expected a file that ends in .yaml or .yml")
+        names = ", ".join(known for known in config_names() if known != "default")
+        raise InputError(f"--config {name}: unknown configuration; give a .yaml file or one of {names}")
+    return read_bundled(name)
+
+
+def read_bundled(name: str) -> dict[str, Any]:
+    """What stands in the bundled configuration ``name``, which is there."""
+    return _parse(files("flows.configs").joinpath(f"{name}.yaml").read_text(encoding="utf-8"), name)
+
+
+def parse_override(override: str) -> dict[str, Any]:
+    """The layer that ``dotted.key=value`` asks for."""
+    key, separator, text = override.partition("=")
+    if not separator or not key or not all(key.split(".")):
+        raise InputError(f"--set {override}: expected dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: the value is not valid YAML") from None
+    return nested(key, value)
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """``value`` below the sections of a dotted key."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``, mapping by mapping; null removes a key. ``data`` with another source replaces it whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if value is None:
+            merged.pop(key, None)
+        elif key == SPACE and isinstance(value, Mapping):
+            merged[key] = merge_spaces(below or {}, value)
+        elif isinstance(below, Mapping) and isinstance(value, Mapping) and not _other_source(key, below, value):
+            merged[key] = merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def without_space(default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``default`` without its search space if ``given`` has one."""
+    tune = given.get("tune")
+    return merge(default, {"tune": {SPACE: None}}) if isinstance(tune, Mapping) and SPACE in tune else dict(default)
+
+
+def without_null(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` without the keys that are null because there was nothing below them to remove; in a search space null is a choice."""
+    kept = {key: value for key, value in values.items() if value is not None}
+    return {key: without_null(value) if isinstance(value, Mapping) and key != SPACE else value for key, value in kept.items()}
+
+
+def without_defaults(default: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``merge`` has to lay on ``default`` to get ``values``: keys of ``default`` that ``values`` lacks are null."""
+    over = {**values, **{key: None for key in default if key not in values}}
+    for key, below in default.items():
+        value = over[key]
+        if isinstance(below, Mapping) and isinstance(value, Mapping) and key != SPACE and not _other_source(key, below, value):
+            over[key] = without_defaults(below, value)
+    return over
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"--config {name}: expected a mapping of sections, got {type(value).__name__}")
+    return value
+
+
+def _other_source(key: str, below: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    return key == "data" and "source" in value and value["source"] != below.get("source")
