@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900, func_only=True)]
 SHARDS = 40
 # One worker on each host; a training long enough to have a state, which is kept after ten seconds.
 ONE_EACH = "--set resources.train.cpus=1.5 --set resources.train.workers=0"
-LONG = "--set train.optimizer.epochs=600"
+LONG = "--set train.optimizer.epochs=150"
 
 
 def stage_of(running: Running, name: str) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def history_of(run: SmallRun, name: str) -> list[int]:
 
 def test_a_host_is_lost_during_a_training_of_two_workers(whole, run, cluster, hosts, tell):
     """Each batch is shared by a worker on either host. There is no room for both on one, so the host is switched on again."""
-    together = f"{ONE_EACH} --set train.workers=2 --set train.compare=[cross-entropy] --set train.optimizer.epochs=150"
+    together = f"{ONE_EACH} --set train.workers=2 --set train.compare=[cross-entropy] --set train.optimizer.epochs=60"
     state = run.workspace / "runs" / "cross-entropy-seed0" / "state.pt"
     running = run.begin("train", together)
     wait_for(state.is_file, running)
@@ -101,7 +101,7 @@ def test_a_host_is_lost_during_a_training_of_two_workers(whole, run, cluster, ho
     hosts.run(CTL, f"cd {CODE} && ray up -y --no-restart --no-config-cache {cluster.file}", 120)  # the head goes on
     back = time.monotonic() - killed
     told = stage_of(running, "train")
-    assert history_of(run, "cross-entropy-seed0") == list(range(1, 151))
+    assert history_of(run, "cross-entropy-seed0") == list(range(1, 61))
     assert storage.read_json(run.workspace / "runs" / "cross-entropy-seed0" / "run.json")["devices"] == 2
     line = line_with(running, "goes on from epoch ")
     assert int(line.partition("from epoch ")[2].partition(",")[0]) > 0
@@ -125,7 +125,7 @@ def test_a_host_is_lost_while_classifiers_are_trained(whole, run, cluster, hosts
     hosts.kill(cluster.workers[0])
     told = stage_of(running, "train")
     for folder in folders:
-        assert history_of(run, folder.name) == list(range(1, 601))
+        assert history_of(run, folder.name) == list(range(1, 151))
     lines = [line for line in running.err.read_text().splitlines() if "goes on from epoch " in line]
     assert len(lines) == 2
     assert all(int(line.partition("from epoch ")[2].partition(",")[0]) > 0 for line in lines)
@@ -148,7 +148,7 @@ def test_a_host_is_lost_during_a_sweep(run, cluster, hosts, tell):
     for number in range(4):
         folder = run.workspace / "tune" / "trials" / f"{number:04d}"
         assert storage.read_json(folder / "trial.json")["status"] == "done"
-        assert [row["epoch"] for row in storage.read_json(folder / "seed0" / "history.json")] == list(range(1, 601))
+        assert [row["epoch"] for row in storage.read_json(folder / "seed0" / "history.json")] == list(range(1, 151))
     line = line_with(running, "goes on from epoch ")
     assert int(line.partition("from epoch ")[2].partition(",")[0]) > 0
     tell("a worker's host lost during a sweep", f"no trial lost: {line.partition(': ')[2]}", lateness(line), "of that trial")

@@ -1,5 +1,6 @@
 """The demo's pipeline, made small, by `ray submit` and by `ray job submit`, on hosts brought up from ray_cluster.yaml."""
 
+import json
 import shlex
 
 import pytest
@@ -65,6 +66,20 @@ def test_ray_job_submit_runs_the_demo_to_its_end_on_both_workers(cluster, hosts,
     job = f"ray job submit --address {cluster.jobs} -- csm run {run_on(workspace)}"
     done = hosts.run(CTL, f"export RAY_AUTH_MODE=token && {job}", 600)
     check(cluster, workspace, done.stdout)
+
+
+def test_csm_submits_the_demo_by_itself(cluster, hosts, workspace):
+    submitted = f"csm run --submit {cluster.jobs} {run_on(workspace).replace('--address auto ', '')}"
+    done = hosts.run(CTL, f"export RAY_AUTH_MODE=token && {submitted}", 600)
+    check(cluster, workspace, done.stdout)
+
+
+def test_doctor_finds_nothing_wrong_with_it(cluster, hosts, workspace):
+    workspace.mkdir()
+    done = hosts.run(cluster.head, f"csm doctor --address auto --workspace {workspace} --json")
+    printed = json.loads(done.stdout)
+    assert printed["problems"] == []
+    assert printed["ray"]["nodes"] == len(hosts.names)
 
 
 def test_without_the_token_nobody_submits(cluster, hosts):
