@@ -137,7 +137,7 @@ def test_a_host_is_lost_while_classifiers_are_trained(whole, run, cluster, hosts
 def test_a_host_is_lost_during_a_sweep(run, cluster, hosts, tell):
     # Only what needs no teacher, and no mixed pair for each class.
     space = " ".join(f"--set tune.space.method.mixed.{key}=null" for key in ("annotator", "schedule", "per_real"))
-    sweep = f"{ONE_EACH} {LONG} {space} --set tune.trials=4"
+    sweep = f"{ONE_EACH} {LONG} {space} --set tune.trials=4 --set mix.sampler.steps=2"
     running = run.begin("tune", sweep)
     wait_for(lambda: len(list(run.workspace.glob("tune/trials/*/seed0/state.pt"))) == 2, running)
     hosts.kill(cluster.workers[0])
