@@ -44,13 +44,14 @@ class Launched:
             self.hosts.mend(name)
             self.hosts.free(name)
         if len(self.nodes()) != len(self.hosts.names):
-            self.up()
+            self.up("--restart-only" if self.timings else "")
 
-    def up(self, timeout: float = 300.0) -> None:
-        """``ray up``, and wait for all workers. Also mends a cluster of which something was lost."""
+    def up(self, options: str = "", timeout: float = 300.0) -> None:
+        """``ray up``, and wait for all workers. Also mends a cluster of which something was lost, without setting the head up again
+        with ``--restart-only``."""
         started = time.monotonic()
         self.hosts.run(CTL, "test -e ~/.ray/auth_token || ray get-auth-token --generate")
-        self.hosts.run(CTL, f"cd {CODE} && ray up -y --no-config-cache {self.file}", timeout)
+        self.hosts.run(CTL, f"cd {CODE} && ray up -y --no-config-cache {options} {self.file}", timeout)
         self.timings["ray up"] = time.monotonic() - started
         self.wait_for(len(self.hosts.names), timeout)
         self.timings["all workers joined"] = time.monotonic() - started

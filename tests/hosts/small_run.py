@@ -21,7 +21,7 @@ from tests.hosts.launching import Launched
 from tests.hosts.machines import Running
 
 # Forty shards; one mixing worker on each host, so that both are at work. The steps are what makes a shard take a second.
-STEPS = 2000
+STEPS = 1500
 CONFIG: dict[str, Any] = {
     "name": "faults",
     "data": {"source": "digits"},
