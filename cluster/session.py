@@ -138,6 +138,8 @@ def _quieten() -> None:
     """Ray's own progress bars and chatter give way to ours; warnings and errors stay."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # Ray Data's thread that counts usage goes on after Ray is shut down; a count in that moment ends the process, without a word.
+    os.environ["RAY_DATA_USAGE_DISABLED"] = "1"
     # Tune: no files for TensorBoard, no state of its own beside ours, Ctrl-C is ours, and what fails is told by `cluster.tuning`.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1e9")

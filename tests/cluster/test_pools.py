@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from collections import Counter
 
@@ -89,6 +90,16 @@ def test_a_slow_shard_is_told_while_it_runs(ray_session, tmp_path, monkeypatch):
     assert {(lag.step, lag.shard) for lag in lags} == {("mix", 2)}
     assert 1.0 < max(lag.seconds for lag in lags) < 10
     assert standings[-1].slowest is None
+
+
+@pytest.mark.ray
+def test_nothing_that_counts_usage_is_left_to_call_ray_after_its_end(ray_session):
+    class Idle(ShardWorker):
+        def work(self, shard):
+            return []
+
+    run_steps([Step("mix", Idle, {}, ONE)], [0], pytest.fail)
+    assert not [thread.name for thread in threading.enumerate() if "usage" in thread.name]
 
 
 @given(st.integers(1, 200_000), st.integers(1, 200))
