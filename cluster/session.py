@@ -40,7 +40,7 @@ def session(address: str = "local", cpus: int | None = None, cap: Cap = NO_CAP, 
         InputError: nothing answers at ``address``.
     """
     _quieten()
-    on_term = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if address == "local":
         # Ray Data's own actors set off an error line about their constructor arguments (ray#53727) at every start. On a cluster the
         # native log stays as it is: there it alone says that the connection to the head was lost.
@@ -65,8 +65,9 @@ def session(address: str = "local", cpus: int | None = None, cap: Cap = NO_CAP, 
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"--address {address}: no Ray cluster can be joined there ({reason}); {_HINT}") from None
-    if callable(on_term) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_term)  # Ray put its own there, which aborts the process
+    for number, handler in handlers.items():
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(number, handler)  # Ray puts its own there: one aborts the process, the other is heard by nobody who waits
     _caps.append(cap)
     try:
         yield

@@ -78,4 +78,4 @@ def test_it_waits_until_it_is_interrupted_or_has_waited_long_enough_and_goes_on(
     kept = mixing.made()
     mixing.start()
     mixing.finish()
-    assert mixing.made() == mixing.shards > kept
+    assert mixing.made() > kept  # a receipt may be lost with a command that was interrupted, never a part
