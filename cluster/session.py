@@ -65,9 +65,10 @@ def session(address: str = "local", cpus: int | None = None, cap: Cap = NO_CAP, 
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"--address {address}: no Ray cluster can be joined there ({reason}); {_HINT}") from None
+    # Ray puts its own there: that of SIGTERM aborts the process, and a SIGINT would not wake who waits.
     for number, handler in handlers.items():
         if callable(handler) and threading.current_thread() is threading.main_thread():
-            signal.signal(number, handler)  # Ray puts its own there: one aborts the process, the other is heard by nobody who waits
+            signal.signal(number, handler)
     _caps.append(cap)
     try:
         yield
