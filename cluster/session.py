@@ -65,7 +65,7 @@ def session(address: str = "local", cpus: int | None = None, cap: Cap = NO_CAP, 
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"--address {address}: no Ray cluster can be joined there ({reason}); {_HINT}") from None
-    # Ray puts its own there: that of SIGTERM aborts the process, and a SIGINT would not wake who waits.
+    # Ray's own for SIGTERM aborts the process. That of polars for SIGINT, from its import on, lets Python go on waiting (SA_RESTART).
     for number, handler in handlers.items():
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(number, handler)

@@ -143,6 +143,24 @@ def test_local_starts_a_ray_of_its_own_and_stops_it(processes):
     assert processes.left(started, 15) == []
 
 
+@pytest.mark.ray
+def test_ctrl_c_wakes_who_waits_also_after_polars_was_imported():
+    script = """
+import os, queue, signal, threading
+import polars
+from cluster.session import session
+
+try:
+    with session("local", cpus=1):
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        queue.Queue().get()
+except KeyboardInterrupt:
+    print("stopped")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
+
+
 def test_a_handler_of_sigterm_outlives_the_start_of_ray():
     """Ray's own would abort the process; csm stops as after Ctrl-C."""
     script = """
