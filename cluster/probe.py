@@ -105,9 +105,10 @@ def share(found: Sequence[Node], folder: Path) -> str:
         reads = _everywhere(readers, lambda node: (missing, (place, written)))
         unseen = {} if own else {"driver": missing(place, written)}
         unseen |= {node.id: answer or [] for node, (answer, _, _) in zip(readers, reads, strict=True)}
-        own = own or _sight("driver", unseen, names)
+        agreed = _agreed(unseen)
+        own = own or _sight("driver", unseen, agreed, names)
         for node, (_, error, _) in zip(readers, reads, strict=True):
-            node.storage = f"cannot read: {error}" if error else _sight(node.id, unseen, names)
+            node.storage = f"cannot read: {error}" if error else _sight(node.id, unseen, agreed, names)
     finally:
         _everywhere(able, lambda node: (clean, (place,)))
         clean(place)
@@ -184,11 +185,19 @@ def clean(folder: str) -> None:
         remove(location(folder))
 
 
-def _sight(name: str, unseen: Mapping[str, Sequence[str]], names: Mapping[str, str]) -> str:
-    """What of ``unseen``, whose files each one does not see, is the fault of ``name``: what is between it and those who see the same."""
-    apart = {one: {other for other in unseen if other in unseen[one] or one in unseen[other]} for one in unseen}
-    middle = min(unseen, key=lambda one: len(apart[one]))  # who gets on with most; this process comes first
-    agreed = [one for one in unseen if one not in apart[middle]]
+def _agreed(unseen: Mapping[str, Sequence[str]]) -> list[str]:
+    """Of all in ``unseen``, whose files each one does not see, most that see the same; this process comes first."""
+    blind = [(one, other) for one, others in unseen.items() for other in others if other in unseen]
+    apart: dict[str, set[str]] = {one: set() for one in unseen}
+    for one, other in blind:
+        apart[one].add(other)
+        apart[other].add(one)
+    middle = min(unseen, key=lambda one: len(apart[one]), default="")
+    return [one for one in unseen if one not in apart[middle]]
+
+
+def _sight(name: str, unseen: Mapping[str, Sequence[str]], agreed: Sequence[str], names: Mapping[str, str]) -> str:
+    """What is wrong with the storage of ``name``: what is between it and those that are ``agreed``."""
     lost = [names[one] for one in agreed if one in unseen[name]]
     blind = [names[one] for one in agreed if name in unseen[one]]
     sees = [f"does not see what {_some(lost)} wrote"] if lost else []

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.cluster_utils import Cluster
 
 from cluster.fitting import fit_in_group
 from cluster.groups import Delay, Setback
@@ -27,17 +26,10 @@ from csm.generators.fitting import FitJob, fit_job
 from csm.methods import Method
 from csm.optimization import OptimizerConfig
 from csm.runs import RunSpec, fit_run, is_finished
+from tests.nodes import STORE, start_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("one_thread")]
 
-# The head hears of a dead node within seconds, and takes none for dead that is only slow: this machine may be busy.
-HEALTH = {
-    "health_check_initial_delay_ms": 1000,
-    "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 20_000,
-    "health_check_failure_threshold": 3,
-}
-STORE = {"object_store_memory": 100 * 2**20}
 EPOCHS = 200
 FILES = ("model.safetensors", "model.json", "predictions.parquet", "history.json")
 
@@ -46,8 +38,7 @@ class Nodes:
     """A head without CPUs, on which the driver is, and two nodes of two CPUs."""
 
     def __init__(self, processes: Any) -> None:
-        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH, **STORE}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.cluster = start_head()
         self.processes = processes
         self.workers: list[Any] = []
         for _ in range(2):

@@ -2,7 +2,6 @@
 
 import polars as pl
 import pytest
-from ray.cluster_utils import Cluster
 
 from cluster.annotation import AnnotateJob, EncoderSpec
 from cluster.mixing import MixJob, process_shards
@@ -17,25 +16,16 @@ from csm.mixing import mix
 from csm.planning import PlanConfig, make_plan
 from csm.reannotation import Annotator, AnnotatorSpec, annotate
 from csm.sampling import SamplerConfig
+from tests.nodes import STORE, start_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
-
-# The head hears of a dead node within seconds, and takes none for dead that is only slow: this machine may be busy.
-HEALTH = {
-    "health_check_initial_delay_ms": 1000,
-    "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 20_000,
-    "health_check_failure_threshold": 3,
-}
 
 
 @pytest.fixture
 def nodes():
     """(cluster, the node to lose): the driver's with one CPU and two of two CPUs."""
-    store = {"object_store_memory": 100 * 2**20}
-    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": HEALTH, **store}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    lost, _ = (cluster.add_node(num_cpus=2, **store) for _ in range(2))
+    cluster = start_head(cpus=1)
+    lost, _ = (cluster.add_node(num_cpus=2, **STORE) for _ in range(2))
     cluster.wait_for_nodes()
     yield cluster, lost
     cluster.shutdown()

@@ -8,7 +8,6 @@ import time
 import pytest
 import ray
 from ray import cloudpickle
-from ray.cluster_utils import Cluster
 
 from cluster import standing
 from cluster.attempts import start_attempts
@@ -16,39 +15,32 @@ from cluster.pools import ShardWorker, Step, make_receipt, run_steps
 from cluster.resources import Pool
 from cluster.session import session
 from cluster.shards import Written
+from tests.nodes import STORE, lose_with_workers, start_head
 
 pytestmark = pytest.mark.ray
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
-STORE = {"object_store_memory": 80 * 2**20}
-# The head hears of a dead node within seconds, and takes none for dead that is only slow: this machine may be busy.
-HEALTH = {
-    "health_check_initial_delay_ms": 1000,
-    "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 20_000,
-    "health_check_failure_threshold": 3,
-}
 
 
 class Slow(ShardWorker):
-    def __init__(self, threads, watch, seconds):
+    """Takes ``seconds`` for a shard, and begins only once workers of this step are at work on ``nodes`` nodes, by files in ``begun``."""
+
+    def __init__(self, threads, watch, seconds, begun=None, nodes=0):
         super().__init__(threads, watch)
-        self.seconds = seconds
+        self.seconds, self.begun, self.nodes = seconds, begun, nodes
 
     def work(self, shard):
+        if self.begun:
+            (self.begun / ray.get_runtime_context().get_node_id()).touch()
+            wait_until(lambda: len(list(self.begun.iterdir())) >= self.nodes)
         time.sleep(self.seconds)
         return [make_receipt(self._watch.step, shard, 1, Written("", 0), "", self.seconds)]
-
-
-def steps(mix: Pool, annotate: Pool):
-    return [Step("mix", Slow, {"seconds": 1.5}, mix, calls=2), Step("annotate", Slow, {"seconds": 0.05}, annotate)]
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """A head without CPUs for work; each test adds its nodes."""
-    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH, **STORE}
-    made = Cluster(initialize_head=True, head_node_args=head)
+    made = start_head()
     yield made
     made.shutdown()
 
@@ -76,13 +68,8 @@ def joined(cluster):
 
 @pytest.fixture
 def lose(joined, processes):
-    """``lose(node)``, with its workers: they live on for a moment without their raylet, and would finish what they are at."""
-
-    def one(node):
-        processes.kill(processes.descendants(node.all_processes["raylet"][0].process.pid))
-        joined.remove_node(node, allow_graceful=False)
-
-    return one
+    """``lose(node)``, with its workers."""
+    return lambda node: lose_with_workers(joined, node, processes)
 
 
 def test_attempts_are_known_on_the_node_of_the_driver(joined, add):
@@ -94,19 +81,18 @@ def test_attempts_are_known_on_the_node_of_the_driver(joined, add):
     assert where == {joined.head_node.node_id}
 
 
-def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(add, lose):
+def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(add, lose, tmp_path):
     lost, _ = add(), add()
-    fixed = Pool(min_actors=3, max_actors=3, cpus=0.5)
-    receipts, standings, removed = [], [], []
-
-    def on_receipt(receipt):
-        receipts.append(receipt)
-        if not removed and lost.node_id in {receipt.node for receipt in receipts}:
-            lose(lost)
-            removed.append(lost)
-
-    run_steps(steps(fixed, Pool(max_actors=1, cpus=0.5)), range(20), on_receipt, standings.append)
-    assert removed
+    receipts, standings = [], []
+    steps = [
+        Step("mix", Slow, {"seconds": 1.5, "begun": tmp_path, "nodes": 2}, Pool(min_actors=3, max_actors=3, cpus=0.5), calls=2),
+        Step("annotate", Slow, {"seconds": 0.05}, Pool(max_actors=1, cpus=0.5)),
+    ]
+    work = threading.Thread(target=run_steps, args=(steps, range(20), receipts.append, standings.append), daemon=True)
+    work.start()
+    wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+    lose(lost)  # in the middle of its shards
+    wait_until(lambda: not work.is_alive())
     assert sorted((r.part, r.shard) for r in receipts) == sorted((p, s) for p in ("mix", "annotate") for s in range(20))
     assert 1 <= standings[-1].lost <= 3
     assert 0 < standings[-1].seconds < 60

@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ray.cluster_utils import Cluster
 
 from tests.conftest import Processes
 from tests.flows.mixing_command import Mixing
+from tests.nodes import STORE, lose_with_workers, start_head
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-STORE = {"object_store_memory": 100 * 2**20}
-HEALTH = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
 IMPATIENT = "from cluster import standing; standing.PATIENCE_SECONDS = 10.0; from flows.cli import main; main()"
 
 
@@ -22,8 +20,7 @@ class Nodes:
     """A head that computes nothing, and at most one node of one CPU."""
 
     def __init__(self, processes: Processes) -> None:
-        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH, **STORE}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.cluster = start_head()
         self._processes = processes
 
     def add(self) -> None:
@@ -31,8 +28,7 @@ class Nodes:
         self.cluster.wait_for_nodes()
 
     def lose(self) -> None:
-        self._processes.kill(self._processes.descendants(self._node.all_processes["raylet"][0].process.pid))
-        self.cluster.remove_node(self._node, allow_graceful=False)
+        lose_with_workers(self.cluster, self._node, self._processes)
 
 
 @pytest.fixture
