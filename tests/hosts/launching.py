@@ -59,7 +59,8 @@ class Launched:
     def nodes(self) -> dict[str, str]:
         """Address -> id of the nodes that the head takes for alive."""
         done = self.hosts.run(self.head, f"python -c {shlex.quote(NODES)}", timeout=60, check=False)
-        return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+        found = [line for line in done.stdout.splitlines() if line.startswith("{")]  # Ray may say something of its own
+        return json.loads(found[-1]) if found and done.returncode == 0 else {}
 
     def wait_for(self, count: int, timeout: float) -> None:
         """Wait until the head counts ``count`` nodes, itself among them."""
