@@ -64,7 +64,8 @@ def session(address: str = "local", cpus: int | None = None, cap: Cap = NO_CAP, 
             ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"--address {address}: no Ray cluster can be joined there ({reason}); {_HINT}") from None
+            hint = _HINT if os.environ.get("RAY_AUTH_MODE") == "token" else f"{_TOKEN_HINT}; else {_HINT}"
+            raise InputError(f"--address {address}: no Ray cluster can be joined there ({reason}); {hint}") from None
     # Ray's own for SIGTERM aborts the process. That of polars for SIGINT, from its import on, lets Python go on waiting (SA_RESTART).
     for number, handler in handlers.items():
         if callable(handler) and threading.current_thread() is threading.main_thread():
@@ -98,6 +99,7 @@ def records_in(directory: Path) -> dict[str, Any]:
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _HTTP2_SETTINGS = b"\x04"
 _HINT = "start one with `ray start --head`, or use --address local"
+_TOKEN_HINT = "if it asks for a token (a head that was started where ~/.ray/auth_token is does), export RAY_AUTH_MODE=token"
 
 
 def require_answer(address: str) -> None:

@@ -37,10 +37,9 @@ _EXPECTED = {
 
 def _is_number(value: Any) -> bool:
     try:
-        float(value)
-    except (TypeError, ValueError):
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
         return False
-    return isinstance(value, str)
 
 
 def check_name(where: str, name: str, names: Collection[str]) -> None:

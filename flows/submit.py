@@ -41,11 +41,16 @@ def run_job(url: str, context: click.Context, options: Mapping[str, Any]) -> int
             f"csm {masked(line)}: what is marked *** would stand in the cluster's list of jobs: leave it out and set it on the nodes, as "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or as MLFLOW_TRACKING_URI (docs/cluster.md)"
         )
-    jobs = Jobs(url)
-    with tempfile.TemporaryDirectory(prefix="csm-job-") as folder:
-        collect(Path(folder), options["config"])
-        name = f"csm-{command[0]}-{storage.digest(config.to_yaml(), command)}"
-        job, joined = jobs.start(name, f"python -m flows.cli {line}", Path(folder))
+    name = f"csm-{command[0]}-{storage.digest(config.to_yaml(), command)}"
+    say(f"asking {url}")
+    try:
+        jobs = Jobs(url)
+        with tempfile.TemporaryDirectory(prefix="csm-job-") as folder:
+            collect(Path(folder), options["config"])
+            job, joined = jobs.start(name, f"python -m flows.cli {line}", Path(folder))
+    except KeyboardInterrupt:
+        say(f"interrupted before {url} said that it has job {name}: the same command asks again, and starts nothing twice")
+        return 130
     say(f"job {job}: {'is there already, following it' if joined else f'submitted to {url}'}")
     own = sorted(variable for variable in os.environ if variable.startswith(STAYS) and variable != "MLFLOW_TRACKING_URI")
     if own and not joined:

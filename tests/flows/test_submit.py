@@ -113,6 +113,17 @@ def test_an_address_that_is_none(url):
     assert "secret" not in str(refused.value)
 
 
+def test_ctrl_c_before_the_job_is_there_says_so(monkeypatch, capsys):
+    def interrupt(url):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.submit.Jobs", interrupt)
+    assert run_job("http://h:8265", *parsed("run", "--workspace", "/w")) == 130
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "asking http://h:8265"
+    assert last.startswith("interrupted before http://h:8265 said that it has job csm-run-")
+
+
 def test_priority_is_a_setting(monkeypatch, capsys):
     seen = {}
     monkeypatch.setattr("flows.submit.run_job", lambda url, context, options: seen.update(options, url=url) or 7)
