@@ -42,9 +42,9 @@ def run_job(url: str, context: click.Context, options: Mapping[str, Any]) -> int
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or as MLFLOW_TRACKING_URI (docs/cluster.md)"
         )
     name = f"csm-{command[0]}-{storage.digest(config.to_yaml(), command)}"
-    say(f"asking {url}")
     try:
         jobs = Jobs(url)
+        say(f"{url} answers: asking it for job {name}")
         with tempfile.TemporaryDirectory(prefix="csm-job-") as folder:
             collect(Path(folder), options["config"])
             job, joined = jobs.start(name, f"python -m flows.cli {line}", Path(folder))

@@ -114,13 +114,17 @@ def test_an_address_that_is_none(url):
 
 
 def test_ctrl_c_before_the_job_is_there_says_so(monkeypatch, capsys):
-    def interrupt(url):
-        raise KeyboardInterrupt
+    class Interrupted:
+        def __init__(self, url):
+            pass
 
-    monkeypatch.setattr("flows.submit.Jobs", interrupt)
+        def start(self, *job):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.submit.Jobs", Interrupted)
     assert run_job("http://h:8265", *parsed("run", "--workspace", "/w")) == 130
     first, last = capsys.readouterr().err.splitlines()
-    assert first == "asking http://h:8265"
+    assert first.startswith("http://h:8265 answers: asking it for job csm-run-")
     assert last.startswith("interrupted before http://h:8265 said that it has job csm-run-")
 
 
