@@ -140,6 +140,8 @@ def test_an_unknown_key_is_refused_with_those_that_are_allowed(override, allowed
     [
         ("generator.steps=many", "generator.steps: expected a whole number"),
         ("generator.steps=1.5", "generator.steps: expected a whole number"),
+        ("generator.steps=1e3", "generator.steps: expected a whole number (YAML reads 1e9 as text: write 1.0e+9), got '1e3'"),
+        ("train.seeds=nan", "train.seeds: expected a whole number, got 'nan'"),
         ("generator=5", "generator: expected a section with keys"),
         ("generator.block_channels=8", "generator.block_channels: expected a list, got 8"),
         ("train.compare=csm", "train.compare: expected a list, got 'csm'"),
