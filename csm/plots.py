@@ -31,7 +31,7 @@ def reliability_diagram(
 ) -> Figure:
     """Draw accuracy against confidence, and the histogram of confidence (Guo et al., ICML 2017, fig. 1).
 
-    Bars are the accuracy in each bin, hatched boxes the gap to the bin's mean confidence; the ECE written in it
+    Bars are the accuracy in each bin, hatched boxes the gap to the bin's mean confidence; the ECE written above
     is the sum of those gaps, weighted by the histogram.
 
     Args:
@@ -76,9 +76,9 @@ def reliability_diagram(
         axes.plot(*line, "D-", color=AFTER, markersize=4)
         _share(histogram, scaled, facecolor="none", edgecolor=AFTER)
         text += f", {100 * mean_gap(scaled).item():.1f} % after temperature"
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2}
-    axes.text(0.03, 0.97, text, transform=axes.transAxes, va="top", color=INK, fontsize=11, bbox=box)
-    axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=title)
+    axes.text(0, 1.02, text, transform=axes.transAxes, color=INK, fontsize=11)  # above: no corner is free of every curve
+    axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    axes.set_title(title, pad=22)
     axes.tick_params(labelbottom=False)
     histogram.set(xlabel="confidence", ylabel="share")
     return figure

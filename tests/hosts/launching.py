@@ -43,12 +43,14 @@ class Launched:
                 self.hosts.start(name)
             self.hosts.mend(name)
             self.hosts.free(name)
-        if len(self.nodes()) != len(self.hosts.names):
-            self.up("--restart-only" if self.timings else "")
+        nodes = self.nodes()
+        if len(nodes) != len(self.hosts.names):
+            # A head that goes on takes lost workers back in seconds; a new one takes a minute.
+            self.up("" if not self.timings else "--no-restart" if nodes else "--restart-only")
 
     def up(self, options: str = "", timeout: float = 300.0) -> None:
-        """``ray up``, and wait for all workers. Also mends a cluster of which something was lost, without setting the head up again
-        with ``--restart-only``."""
+        """``ray up``, and wait for all workers. Also mends a cluster of which something was lost: without setting hosts up
+        again with ``--restart-only``, and if the head is there, without starting Ray again on it with ``--no-restart``."""
         started = time.monotonic()
         self.hosts.run(CTL, "test -e ~/.ray/auth_token || ray get-auth-token --generate")
         self.hosts.run(CTL, f"cd {CODE} && ray up -y --no-config-cache {options} {self.file}", timeout)

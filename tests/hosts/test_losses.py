@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.hosts, pytest.mark.timeout(900, func_only=True)]
 SHARDS = 40
 # One worker on each host; a training long enough to have a state, which is kept after ten seconds.
 ONE_EACH = "--set resources.train.cpus=1.5 --set resources.train.workers=0"
-LONG = "--set train.optimizer.epochs=150"
+LONG = "--set train.optimizer.epochs=100"
 
 
 def stage_of(running: Running, name: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def test_a_host_is_lost_during_mixing(run, whole, cluster, hosts, tell):
 
 def test_a_host_is_lost_during_annotation(run, cluster, hosts, tell):
     # More shards, which cost little to make and a tenth of a second to label: eight classifiers look at nine views of each image.
-    many = "--set plan.sets_per_pair=150 --set mix.sampler.steps=2 --set annotate.annotator=teacher --set annotate.members=8"
+    many = "--set plan.sets_per_pair=100 --set mix.sampler.steps=2 --set annotate.annotator=teacher --set annotate.members=8"
     many += " --set annotate.encoders.teacher.parameters.views=9 --set annotate.teacher.optimizer.epochs=1"
     both = "--set resources.annotate.cpus=1.5 --set resources.annotate.min_actors=2 --set resources.annotate.max_actors=2"
     run.finish("plan", many)
@@ -70,9 +70,9 @@ def test_a_host_is_lost_during_annotation(run, cluster, hosts, tell):
     hosts.kill(cluster.workers[0])
     told = stage_of(running, "annotate")
     run.check(steps=2)
-    assert before < 100
-    assert sorted(receipt["shard"] for receipt in labelled()) == list(range(150))
-    happened = f"annotation ended: each of 150 shards labelled once ({before} of them before the loss)"
+    assert before < 70
+    assert sorted(receipt["shard"] for receipt in labelled()) == list(range(100))
+    happened = f"annotation ended: each of 100 shards labelled once ({before} of them before the loss)"
     lost = told.get("seconds_lost", 0.0)
     tell(
         "a worker's host lost during annotation",
@@ -125,7 +125,7 @@ def test_a_host_is_lost_while_classifiers_are_trained(whole, run, cluster, hosts
     hosts.kill(cluster.workers[0])
     told = stage_of(running, "train")
     for folder in folders:
-        assert history_of(run, folder.name) == list(range(1, 151))
+        assert history_of(run, folder.name) == list(range(1, 101))
     lines = [line for line in running.err.read_text().splitlines() if "goes on from epoch " in line]
     assert len(lines) == 2
     assert all(int(line.partition("from epoch ")[2].partition(",")[0]) > 0 for line in lines)
@@ -137,7 +137,7 @@ def test_a_host_is_lost_while_classifiers_are_trained(whole, run, cluster, hosts
 def test_a_host_is_lost_during_a_sweep(run, cluster, hosts, tell):
     # Only what needs no teacher, and no mixed pair for each class.
     space = " ".join(f"--set tune.space.method.mixed.{key}=null" for key in ("annotator", "schedule", "per_real"))
-    sweep = f"{ONE_EACH} --set train.optimizer.epochs=100 {space} --set tune.trials=3 --set mix.sampler.steps=2"
+    sweep = f"{ONE_EACH} --set train.optimizer.epochs=60 {space} --set tune.trials=3 --set mix.sampler.steps=2"
     running = run.begin("tune", sweep)
     wait_for(lambda: len(list(run.workspace.glob("tune/trials/*/seed0/state.pt"))) == 2, running)
     hosts.kill(cluster.workers[0])
@@ -148,7 +148,7 @@ def test_a_host_is_lost_during_a_sweep(run, cluster, hosts, tell):
     for number in range(3):
         folder = run.workspace / "tune" / "trials" / f"{number:04d}"
         assert storage.read_json(folder / "trial.json")["status"] == "done"
-        assert [row["epoch"] for row in storage.read_json(folder / "seed0" / "history.json")] == list(range(1, 101))
+        assert [row["epoch"] for row in storage.read_json(folder / "seed0" / "history.json")] == list(range(1, 61))
     line = line_with(running, "goes on from epoch ")
     assert int(line.partition("from epoch ")[2].partition(",")[0]) > 0
     tell("a worker's host lost during a sweep", f"no trial lost: {line.partition(': ')[2]}", lateness(line), "of that trial")
