@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from scipy.linalg import eigh
 from torch import nn
 
 from csm import storage
@@ -101,9 +100,8 @@ def fit_low_rank(
 
 def _leading(covariance: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The ``count`` largest eigenvalues, largest first, their eigenvectors (F, count), and the trace."""
-    size = len(covariance)
-    values, vectors = eigh(covariance.numpy(), subset_by_index=(size - count, size - 1))
-    return torch.from_numpy(values[::-1].copy()), torch.from_numpy(vectors[:, ::-1].copy()), covariance.trace()
+    values, vectors = torch.linalg.eigh(covariance)
+    return values[-count:].flip(0), vectors[:, -count:].flip(1), covariance.trace()
 
 
 def _low_rank(
