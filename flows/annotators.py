@@ -12,7 +12,7 @@ from csm.encoders import ENCODERS
 from csm.errors import InputError
 from csm.optimization import OptimizerConfig
 from csm.parameters import check_name, check_parameters
-from csm.reannotation import CALIBRATORS, HEADS
+from csm.reannotation import CALIBRATORS, HEADS, POOLS, fit_ensemble
 from flows.folders import folder_files
 
 AUTO, ENSEMBLE = "auto", "ensemble"
@@ -33,7 +33,7 @@ class AnnotatorConfig:
     """What annotates: a head on an encoder's features, or an ensemble, and how its labels are calibrated.
 
     Attributes:
-        head: a key of ``HEADS``, ``parameters`` its settings; or "ensemble".
+        head: a key of ``HEADS``, ``parameters`` its settings; or "ensemble", whose one setting is ``pool``, a key of ``POOLS``.
         encoder: name in ``annotate.encoders``; none for a head that reads no features, and for ensembles.
         calibrator: a key of ``CALIBRATORS``; the default is temperature, or scale for a head that knows only the pair, or none for one
             that reads no features.
@@ -172,7 +172,9 @@ def _check_annotator(where: str, name: str, annotator: AnnotatorConfig, config: 
         raise InputError(f"{where}: the name {name} is taken; choose another one")
     check_name(f"{where}.head", annotator.head, (*HEADS, ENSEMBLE))
     if annotator.head == ENSEMBLE:
-        parameters = annotator.parameters
+        parameters = check_parameters(fit_ensemble, annotator.parameters, f"{where}.parameters")
+        if "pool" in parameters:
+            check_name(f"{where}.parameters.pool", parameters["pool"], POOLS)
         _check_members(where, annotator, config)
     else:
         parameters = check_parameters(HEADS[annotator.head].fit, annotator.parameters, f"{where}.parameters")
@@ -210,9 +212,8 @@ def _calibrators(annotator: AnnotatorConfig) -> list[str]:
 
 
 def _check_members(where: str, annotator: AnnotatorConfig, config: AnnotateConfig) -> None:
-    if annotator.encoder or annotator.parameters:
-        key = "encoder" if annotator.encoder else "parameters"
-        raise InputError(f"{where}.{key}: an ensemble has none of its own, only its members do; leave it out")
+    if annotator.encoder:
+        raise InputError(f"{where}.encoder: an ensemble has none of its own, only its members do; leave it out")
     if len(set(annotator.members)) < max(2, len(annotator.members)):
         raise InputError(f"{where}.members: expected at least two different annotators, got {list(annotator.members)}")
     for member in annotator.members:

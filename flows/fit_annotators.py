@@ -5,14 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 
 from csm import storage
 from csm.datasets import RealDataset
 from csm.encoders import FeatureTable
 from csm.errors import InputError
-from csm.locations import local
 from csm.reannotation import (
     HEADS,
     Annotator,
@@ -20,7 +18,7 @@ from csm.reannotation import (
     Calibration,
     FitInputs,
     choose,
-    describe,
+    ensemble_members,
     fit_calibration,
     fit_ensemble,
     fit_ensemble_calibration,
@@ -28,6 +26,7 @@ from csm.reannotation import (
 )
 from flows.annotators import AUTO, ENSEMBLE, encoder_files
 from flows.artifacts import StageRecord, Workspace
+from flows.calibration_lines import report
 from flows.config import Config
 from flows.features import NEEDS, check_encoders, encode, encoder_key, recorded_fingerprint
 from flows.progress import say
@@ -62,8 +61,15 @@ def resolve(workspace: Workspace, name: str) -> str:
 def annotator_spec(workspace: Workspace, config: Config, name: str) -> AnnotatorSpec:
     """Where the fitted annotator ``name`` lies."""
     annotator = config.annotate.annotators[name]
-    parts = tuple(annotator_spec(workspace, config, member) for member in annotator.members)
+    parts = tuple(annotator_spec(workspace, config, member) for member in pool_members(workspace, config, name))
     return AnnotatorSpec(name, annotator.head, workspace.annotator(name).absolute(), annotator.encoder, parts)
+
+
+def pool_members(workspace: Workspace, config: Config, name: str) -> tuple[str, ...]:
+    """Members of the ensemble ``name``, of a fitted one those that are in its pool: what was left out is not; () for other heads."""
+    members = config.annotate.annotators[name].members
+    pooled = members and (workspace.annotator(name) / "members.json").is_file() and ensemble_members(workspace.annotator(name))
+    return tuple(member for member in members if member in pooled) if pooled else members
 
 
 def fit_fingerprint(workspace: Workspace, name: str) -> str:
@@ -88,52 +94,69 @@ def _run(context: Context, record: StageRecord) -> Made:
         try:
             if annotator.encoder in failed:
                 raise InputError(failed[annotator.encoder])
-            for member in set(annotator.members) & set(left_out):
-                raise InputError(f"its member {member} was left out")
-            calibrations[name] = _fit(context, record, name, calibrations)
+            calibrations[name] = _fit(context, record, name, _remaining(name, annotator.members, left_out), calibrations)
         except InputError as error:
             if name in required:
                 raise InputError(f"annotate.annotators.{name}: {error}") from None
             left_out[name] = str(error)
             say(f"  {name}: left out: {error}")
         else:
-            _report(context, record, name, calibrations[name])
+            report(context, record, name, calibrations[name])
     if AUTO in config.annotators:
         _choose(context, record, calibrations, left_out)
     made = {name: [fit_fingerprint(workspace, name), asdict(calibrations[name])] for name in annotators(workspace, config)}
     return Made(len(calibrations), storage.digest(made))
 
 
-def _fit(context: Context, record: StageRecord, name: str, calibrations: Mapping[str, Calibration]) -> Calibration:
-    """Fit the annotator ``name`` and its calibrator, if they are not yet; ``calibrations`` has those of its members."""
+def _remaining(name: str, members: Sequence[str], left_out: Collection[str]) -> tuple[str, ...]:
+    """The members of the ensemble ``name`` that can be had; ``InputError`` if that is no pool any more."""
+    lacking = [member for member in members if member in left_out]
+    remaining = tuple(member for member in members if member not in left_out)
+    if lacking and len(remaining) < 2:
+        raise InputError(f"its member {lacking[0]} was left out" if len(lacking) == 1 else f"{', '.join(lacking)} were left out")
+    if lacking:
+        say(f"  {name}: pools {', '.join(remaining)} alone, without {', '.join(lacking)}")
+    return remaining
+
+
+def _fit(
+    context: Context, record: StageRecord, name: str, members: Sequence[str], calibrations: Mapping[str, Calibration]
+) -> Calibration:
+    """Fit the annotator ``name`` and its calibrator, if they are not yet; ``calibrations`` has those of its ``members``."""
     workspace, config = context.workspace, context.config
     annotator, directory = config.annotate.annotators[name], workspace.annotator(name)
     info = RealDataset.load_info(workspace.root)
-    parts = {member: [fit_fingerprint(workspace, member), asdict(calibrations[member])] for member in annotator.members}
+    parts = {member: [fit_fingerprint(workspace, member), asdict(calibrations[member])] for member in members}
     reads = encoder_key(context, record, annotator.encoder) if annotator.encoder else [record.inputs["prepare"], parts]
     fingerprint = storage.digest("annotator", record.code_version, annotator.head, annotator.parameters, info.class_names, reads)
     if fit_fingerprint(workspace, name) != fingerprint:
         (directory / "annotator.json").unlink(missing_ok=True)
+        chosen: Mapping[str, float] | None = None
         if annotator.head == ENSEMBLE:
-            weights = fit_ensemble(directory, *_held_out_members(workspace, annotator.members, calibrations))
-            say(f"  {name}: {', '.join(f'{weight:.2f} {member}' for member, weight in weights.items())}")
+            chosen = fit_ensemble(directory, *_held_out_members(workspace, members, calibrations), **annotator.parameters)
+            weights = ", ".join(f"{weight:.2f} {member}" for member, weight in chosen.items())
+            say(f"  {name}: {annotator.parameters.get('pool', 'linear')} pool, {weights}")
         elif annotator.encoder:
             features, encoder = FeatureTable(workspace.encoder(annotator.encoder)), config.annotate.encoders[annotator.encoder]
             inputs = FitInputs(features, info.n_classes, info.class_names, encoder.parameters)
-            HEADS[annotator.head].fit(directory, inputs, **annotator.parameters)
+            chosen = HEADS[annotator.head].fit(directory, inputs, **annotator.parameters)
+            if chosen:
+                say(f"  {name}: {', '.join(f'{key} {value:g}' for key, value in chosen.items())}, by NLL on validation images")
             fitted = Annotator(annotator_spec(workspace, config, name))
             storage.write_tensors(directory / "held_out.safetensors", _held_out(fitted, features, info.n_classes))
         else:
             HEADS[annotator.head].fit(directory, None, **annotator.parameters)
-        storage.write_json(directory / "annotator.json", {"head": annotator.head, "fingerprint": fingerprint})
+        storage.write_json(
+            directory / "annotator.json", {"head": annotator.head, "chosen": chosen or {}, "fingerprint": fingerprint}
+        )
 
     file, key = directory / "calibration.json", storage.digest(fingerprint, annotator.calibrator, annotator.scale, annotator.pair)
     if recorded_fingerprint(file) == key:
         return calibration_of(workspace, name)
     assert annotator.calibrator is not None
     if annotator.head == ENSEMBLE:
-        held_out = _held_out_members(workspace, annotator.members, calibrations)
-        calibration = fit_ensemble_calibration(annotator.calibrator, *held_out, pair=annotator.pair)
+        held_out = _held_out_members(workspace, members, calibrations)
+        calibration = fit_ensemble_calibration(annotator.calibrator, *held_out, pair=annotator.pair, **annotator.parameters)
     else:
         said = storage.read_tensors(directory / "held_out.safetensors") if annotator.encoder else {}
         labels = said.get("labels", torch.empty(0, dtype=torch.int64))
@@ -169,37 +192,6 @@ def _held_out_members(
     said = {name: storage.read_tensors(workspace.annotator(name) / "held_out.safetensors") for name in names}
     posteriors = {name: tensors["log_posterior"] for name, tensors in said.items()}
     return posteriors, {name: calibrations[name] for name in names}, said[names[0]]["labels"]
-
-
-def _report(context: Context, record: StageRecord, name: str, calibration: Calibration) -> None:
-    """A line on the terminal; the fitted numbers, and all of it as a file, in MLflow."""
-    run = f"stage {record.name} {record.fingerprint}"
-    names = ("scale", "temperature", "nll_before", "nll_after", "nll")
-    values = {key: value for key in names if (value := getattr(calibration, key)) is not None}
-    note = f" ({calibration.note})" if calibration.note else ""
-    say(f"  {name}: labels {describe(calibration)}{_nll(context, name, calibration)}{note}")
-    context.tracker.log_metrics(run, {f"{name}.{key}": value for key, value in values.items()})
-    context.tracker.log_file(run, context.workspace.annotator(name) / "calibration.json", name)
-
-
-def _nll(context: Context, name: str, calibration: Calibration) -> str:
-    """The NLL on validation images without calibrator, and of those that the calibrator was not fitted on."""
-    if not calibration.images:
-        return ""
-    pair_head = context.config.annotate.annotators[name].pair_head
-    before, after = ("infinite" if value is None else f"{value:.3f}" for value in (calibration.nll_before, calibration.nll))
-    text = f"; {'NLL within pairs' if pair_head else 'NLL'} {before} -> {after}"
-    shares = torch.tensor(list(_class_counts(context.workspace).values()), dtype=torch.float64)
-    ignorant = torch.distributions.Categorical(shares).entropy().item()
-    if not pair_head and calibration.nll is not None and calibration.nll > 0.99 * ignorant:
-        text += f", no better than knowing the classes' shares alone ({ignorant:.3f}): check its encoder"
-    return text
-
-
-def _class_counts(workspace: Workspace) -> dict[int, int]:
-    """Images of each class in the validation split."""
-    labels = pl.scan_parquet(local(workspace.real)).filter(pl.col("split") == "val").select("label").collect()["label"]
-    return dict(labels.value_counts().iter_rows())
 
 
 def _choose(context: Context, record: StageRecord, calibrations: Mapping[str, Calibration], left_out: Mapping[str, str]) -> None:
@@ -243,21 +235,30 @@ def _definition(config: Config, name: str) -> dict[str, Any]:
 
 def _outputs(workspace: Workspace, config: Config) -> list[Path]:
     """Of candidates that were not chosen only what is there: it is removed with the rest, but they may have been left out."""
-    names = config.annotate.to_fit(annotators(workspace, config))
+    names = _with_members(workspace, config, annotators(workspace, config))
     others = [name for name in config.annotate.to_fit(config.annotators) if name not in names]
     choice = [workspace.choice] if AUTO in config.annotators else []
     return choice + _files(workspace, config, names) + [path for path in _files(workspace, config, others) if path.exists()]
 
 
+def _with_members(workspace: Workspace, config: Config, names: Collection[str]) -> list[str]:
+    """``names``, and of ensembles all that is in their pools."""
+    found: dict[str, None] = {}
+    for name in names:
+        found |= dict.fromkeys([*_with_members(workspace, config, pool_members(workspace, config, name)), name])
+    return list(found)
+
+
 def _files(workspace: Workspace, config: Config, names: Collection[str]) -> list[Path]:
     files = [workspace.annotator(name) / file for name in names for file in ("annotator.json", "calibration.json")]
-    return files + [workspace.encoder(name) for name in config.annotate.encoders_of(names)]
+    encoders = dict.fromkeys(config.annotate.annotators[name].encoder for name in names)
+    return files + [workspace.encoder(encoder) for encoder in encoders if encoder]
 
 
 STAGE = Stage(
     name="fit-annotators",
     unit="annotators",
-    code_version=2,
+    code_version=3,
     inputs=("prepare",),
     more_inputs=lambda config: tuple(
         dict.fromkeys(NEEDS[need] for need in sorted(config.annotate.needs(config.annotators)) if NEEDS[need] != "prepare")

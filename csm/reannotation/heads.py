@@ -56,14 +56,14 @@ class HeadKind(NamedTuple):
 
     Attributes:
         fit: ``fit(directory, inputs, **parameters)`` writes all that ``load`` needs; settings are its simple arguments
-            (``csm.parameters``).
+            (``csm.parameters``). It may return what it chose by itself, for people.
         load: ``load(directory)`` gives the head, on the CPU.
         pair: it is a ``PairHead``, else a ``PosteriorHead``.
         encoder: it reads features.
         encoders: kinds of encoder whose features it can read; empty: all.
     """
 
-    fit: Callable[..., None]
+    fit: Callable[..., Mapping[str, float] | None]
     load: Callable[[Path], Any]
     pair: bool = False
     encoder: bool = True

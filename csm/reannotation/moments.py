@@ -40,6 +40,12 @@ class Scatter:
         amount = self.ledoit_wolf(row) if shrinkage is None else shrinkage
         return (1 - amount) * sample + amount * sample.trace() / len(sample) * torch.eye(len(sample), dtype=torch.float64)
 
+    def pooled_covariances(self, pooling: float, shrinkage: float | None) -> Iterator[torch.Tensor]:
+        """Of each class (1 - pooling) times its own ``covariance`` plus pooling times that of all classes together."""
+        common = self.pooled().covariance(0, shrinkage)
+        for row in range(len(self.counts)):
+            yield (1 - pooling) * self.covariance(row, shrinkage) + pooling * common
+
     def ledoit_wolf(self, row: int) -> float:
         """The shrinkage in [0, 1] of least expected squared error of row ``row``.
 

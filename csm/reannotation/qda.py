@@ -1,14 +1,17 @@
-"""Quadratic discriminant analysis: Gaussian classes, each with a covariance of its own, drawn towards the common one."""
+"""Quadratic discriminant analysis: Gaussian classes, each with a covariance of its own, drawn towards the common one; whole or low rank."""
 
 import logging
 import math
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from csm import storage
 from csm.errors import InputError
+from csm.reannotation import ppca
 from csm.reannotation.heads import FitInputs, check_size
 from csm.reannotation.lda import LEDOIT_WOLF, check_shrinkage, floor
 from csm.reannotation.moments import Scatter, check_memory, class_means, class_scatters
@@ -42,19 +45,33 @@ class QDA(nn.Module):
         return (self.offset - torch.stack(square, dim=1) / 2).log_softmax(dim=1)
 
 
-def fit_qda(directory: Path, inputs: FitInputs, pooling: float = CHOOSE, shrinkage: float = LEDOIT_WOLF) -> None:
+def fit_qda(
+    directory: Path,
+    inputs: FitInputs,
+    pooling: float = CHOOSE,
+    shrinkage: float = LEDOIT_WOLF,
+    rank: Annotated[int, Field(ge=-1)] = 0,
+) -> dict[str, float]:
     """A Gaussian for each class of the training images, in two passes over them; all covariances are in memory, K x F x F.
 
     The covariance of a class is (1 - pooling) times its own plus pooling times the common one, both shrunk: regularised discriminant
     analysis (Friedman, J. American Statistical Association 84, 1989, eq. 14-18, where pooling comes before shrinkage).
 
     Args:
+        directory: of the head.
+        inputs: what it is fitted from.
         pooling: in [0, 1]; 1 is lda. -1 takes that of ``POOLINGS`` whose held-out NLL, at its best temperature, is least.
         shrinkage: of every covariance towards a multiple of the unit matrix, in [0, 1]; -1 takes Ledoit and Wolf's (2004).
+        rank: of that covariance only so many leading axes are kept, and one variance for all other directions, see
+            ``csm.reannotation.ppca``; 0 keeps all. -1 takes that of ``ppca.RANKS`` with the least held-out NLL; pooling -1 is then chosen
+            among ``ppca.POOLINGS``.
+
+    Returns:
+        What was chosen of pooling and rank.
 
     Raises:
         InputError: a class has fewer than 2 training images, a feature is not finite, the images of every class are all equal, the
-            covariances are too large, or no image is held out to choose the pooling by.
+            covariances are too large, the rank is not below F, or no image is held out to choose by.
     """
     check_shrinkage("qda", shrinkage)
     if not (0 <= pooling <= 1 or pooling == CHOOSE):
@@ -67,29 +84,36 @@ def fit_qda(directory: Path, inputs: FitInputs, pooling: float = CHOOSE, shrinka
     scatter = class_scatters(inputs.features.batches("train"), means)
     amount = None if shrinkage == LEDOIT_WOLF else shrinkage
     least = floor(scatter, "qda")
-    if pooling == CHOOSE:
-        found = {}
-        for value in POOLINGS:
-            found[value] = held_out_nll(_gaussians(means, scatter, value, amount, least), inputs.features, "qda")
-        pooling = min(found, key=found.__getitem__)
-        logger.info("qda: pooling %g, by held-out NLL: %s", pooling, ", ".join(f"{k:g} {v:.4f}" for k, v in found.items()))
-    storage.write_tensors(directory / "qda.safetensors", _gaussians(means, scatter, pooling, amount, least).state_dict())
+    if rank:
+        ranks = [one for one in ppca.RANKS if one < inputs.features.size] if rank == CHOOSE else [rank]
+        poolings = ppca.POOLINGS if pooling == CHOOSE else (pooling,)
+        found = ppca.fit_low_rank(directory, inputs, means, scatter, ranks, poolings, amount, least)
+        given = {"rank": rank, "pooling": pooling}
+        return {name: value for name, value in found.items() if given[name] == CHOOSE}
+    losses = {}
+    for value in POOLINGS if pooling == CHOOSE else ():
+        losses[value] = held_out_nll(_gaussians(means, scatter, value, amount, least), inputs.features, "qda")
+    chosen = {"pooling": min(losses, key=losses.__getitem__)} if losses else {}
+    logger.info("qda: %s, by held-out NLL: %s", chosen, losses)
+    best = _gaussians(means, scatter, chosen.get("pooling", pooling), amount, least)
+    storage.write_tensors(directory / "qda.safetensors", best.state_dict())
+    return chosen
 
 
-def load_qda(directory: Path) -> QDA:
+def load_qda(directory: Path) -> "QDA | ppca.LowRankQDA":
     """Return what ``fit_qda`` kept."""
-    return QDA(**storage.read_tensors(directory / "qda.safetensors"))
+    tensors = storage.read_tensors(directory / "qda.safetensors")
+    return ppca.LowRankQDA(**tensors) if "axes" in tensors else QDA(**tensors)
 
 
 def _gaussians(means: torch.Tensor, scatter: Scatter, pooling: float, shrinkage: float | None, least: float) -> QDA:
-    common = scatter.pooled().covariance(0, shrinkage)
-    unit = torch.eye(len(common), dtype=torch.float64)
-    whitening = torch.empty(len(means), *common.shape)
+    size = means.shape[1]
+    unit = torch.eye(size, dtype=torch.float64)
+    whitening = torch.empty(len(means), size, size)
     offset = torch.empty(len(means))
-    for label, count in enumerate(scatter.counts):
-        own = scatter.covariance(label, shrinkage)
-        factor = torch.linalg.cholesky((1 - pooling) * own + pooling * common + least * unit)
+    for label, covariance in enumerate(scatter.pooled_covariances(pooling, shrinkage)):
+        factor = torch.linalg.cholesky(covariance + least * unit)
         whitening[label] = torch.linalg.solve_triangular(factor, unit, upper=False)
-        offset[label] = math.log(count / scatter.counts.sum()) - factor.diagonal().log().sum()
+        offset[label] = math.log(scatter.counts[label] / scatter.counts.sum()) - factor.diagonal().log().sum()
     # One constant for all classes: large log-determinants would cost digits of float32.
     return QDA(means.float(), whitening, offset - offset.max(), torch.tensor(pooling))

@@ -38,7 +38,11 @@ def define(name: str, text: str) -> str:
         ("head: ensemble, members: [teacher, teacher]", "a.members: expected at least two different annotators, got"),
         ("head: ensemble, members: [teacher, nope]", "a.members: unknown 'nope'; one of ratio, projection,"),
         ("head: ensemble, members: [teacher, lda], encoder: pixels", "a.encoder: an ensemble has none of its own,"),
-        ("head: ensemble, members: [teacher, lda], parameters: {c: 1}", "a.parameters: an ensemble has none of its own,"),
+        ("head: ensemble, members: [teacher, lda], parameters: {c: 1}", "a.parameters.c: no such setting; allowed: pool"),
+        ("head: ensemble, members: [teacher, lda], parameters: {pool: 3}", "a.parameters.pool: expected text, got 3"),
+        ("head: ensemble, members: [teacher, lda], parameters: {pool: mean}", "a.parameters.pool: unknown 'mean'; one of linear, log"),
+        ("head: qda, encoder: pixels, parameters: {rank: -2}", "a.parameters.rank: expected a number greater than or equal to -1,"),
+        ("head: qda, encoder: pixels, parameters: {rank: 1.5}", "a.parameters.rank: expected a whole number, got 1.5"),
         ("head: ensemble, members: [teacher, a]", "a.members: goes round in a circle (a -> a)"),
     ],
 )
@@ -81,7 +85,7 @@ def test_the_calibrator_has_a_default_that_suits_the_head() -> None:
 
 
 def test_auto_needs_candidates_that_know_all_classes() -> None:
-    load_config("demo", ["annotate.candidates=[projection, nope]"])  # nobody asks for auto
+    load_config("demo", ["annotate.annotator=lda", "annotate.candidates=[projection, nope]"])  # nobody asks for auto
     auto = "annotate.annotator=auto"
     assert refused(auto, "annotate.candidates=[]").startswith(
         "annotate.candidates: empty; name annotators for annotate.annotator"
@@ -94,7 +98,7 @@ def test_auto_needs_candidates_that_know_all_classes() -> None:
 
 
 def test_a_run_needs_the_annotators_of_its_methods_and_the_default_one() -> None:
-    assert load_config("demo").annotators == ("projection", "teacher")
+    assert load_config("demo").annotators == ("projection", "auto")
     assert load_config("demo", ["annotate.annotator=lda"]).annotators == ("projection", "lda")  # csm names none
     assert load_config("demo", ["annotate.annotator=ratio", "train.compare=[cross-entropy]"]).annotators == ("ratio",)
     config = load_config("demo", ["annotate.annotator=auto", "train.methods.csm.mixed.annotator=teacher"])
@@ -118,6 +122,7 @@ def test_members_are_fitted_before_their_ensemble_and_candidates_in_place_of_aut
         ("projection", ("prepare", "fit-teacher")),
         ("ensemble", ("prepare", "fit-teacher")),
         ("generator", ("prepare", "generator")),
+        ("experts", ("prepare", "generator", "fit-teacher")),
         ("truth", ("prepare",)),
     ],
 )

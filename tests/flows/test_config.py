@@ -10,13 +10,13 @@ from flows.config_layers import config_names
 # The bundled configuration for images of one's own says nothing of where they are.
 NEEDED = {"image-folder": ("data.path=somewhere",)}
 BUNDLED = sorted(set(config_names()) - {"default"})
-METHODS = {name: ["cross-entropy", "label-smoothing", "focal", "mixup", "csm-paper", "csm"] for name in BUNDLED}
-METHODS |= {name: ["cross-entropy", "csm-paper", "csm"] for name in ("cifar10", "cifar100", "tiny-imagenet")}
+METHODS = {name: ["cross-entropy", "label-smoothing", "focal", "mixup", "paper", "csm"] for name in BUNDLED}
+METHODS |= {name: ["cross-entropy", "paper", "csm"] for name in ("cifar10", "cifar100", "tiny-imagenet")}
 METHODS["annotators"] = ["cross-entropy", *(f"csm-{name}" for name in load_config("annotators").annotators)]
 METHODS["digits-hard"] = list(load_config("digits-hard").train.methods)  # every one of the defaults
 METHODS["gaussians"] = [
     "cross-entropy",
-    "csm-paper",
+    "paper",
     *(
         f"csm-{name}"
         for name in (
@@ -29,8 +29,10 @@ METHODS["gaussians"] = [
             "linear",
             "lda-pixels",
             "qda-pixels",
+            "ppca-pixels",
             "generator",
             "ensemble",
+            "experts",
             "truth",
         )
     ),
@@ -258,9 +260,9 @@ def test_pairs_are_indices_or_names():
 
 
 def test_a_method_that_is_not_compared_may_lack_its_annotator():
-    overrides = ["train.methods.csm.mixed.annotator=nope", "train.compare=[cross-entropy, csm-paper]"]
+    overrides = ["train.methods.csm.mixed.annotator=nope", "train.compare=[cross-entropy, paper]"]
     config = load_config("demo", overrides)
-    assert list(config.train.chosen) == ["cross-entropy", "csm-paper"]
+    assert list(config.train.chosen) == ["cross-entropy", "paper"]
 
 
 @pytest.mark.parametrize("override", ["x", "=3", "a..b=3", ".a=1", "a.=1", ""])

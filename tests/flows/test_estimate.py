@@ -42,7 +42,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def configuration(*overrides: str) -> Config:
-    return load_config("demo", ["train.compare=[cross-entropy, csm]", "train.optimizer.epochs=3", *overrides])
+    return load_config("demo", ["annotate.annotator=teacher", "train.compare=[cross-entropy, csm]", "train.optimizer.epochs=3", *overrides])
 
 
 def by_stage(config: Config) -> dict[str, Load]:
@@ -209,13 +209,13 @@ def test_a_longer_training_of_the_same_generator_is_as_fast(root: Path) -> None:
 
 
 def test_encoders_add_up(root: Path) -> None:
-    config = configuration("train.compare=[csm, csm-paper]")  # the teacher, and its first member for the projection
+    config = configuration("train.compare=[csm, paper]")  # the teacher, and its first member for the projection
     write_receipts(root, ("encoders/classifier", 0, 50, 1.0), ("encoders/teacher", 0, 50, 4.0))
     (root / "config.yaml").write_text(config.to_yaml())
     rate = recorded(Workspace(root), config, by_stage(config)["fit-annotators"])
     assert rate is not None
     assert rate.images_per_s == pytest.approx(10)
-    more = configuration("annotate.annotator=lda-clip", "train.compare=[csm, csm-paper]")
+    more = configuration("annotate.annotator=lda-clip", "train.compare=[csm, paper]")
     assert recorded(Workspace(root), more, by_stage(more)["fit-annotators"]) is None, "of clip nothing is known"
 
 

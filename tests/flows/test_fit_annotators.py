@@ -31,7 +31,7 @@ from flows.train import run_specs
 
 CLASSES, IMAGES = 4, 12  # of each class in each split
 RECORD = StageRecord("fit-annotators", "f", {}, 2, {"prepare": "data", "fit-teacher": "members"})
-COMPARE = "train.compare=[csm-paper, csm]"
+COMPARE = "train.compare=[paper, csm]"
 Fit = Callable[..., Context]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,7 +91,7 @@ def fit(root: Path, encoded: list[tuple[str, int]], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(features, "encode_shards", encode_shards)
 
     def run(*overrides: str, record: StageRecord = RECORD) -> Context:
-        config = load_config("demo", ["annotate.members=2", COMPARE, *overrides])
+        config = load_config("demo", ["annotate.members=2", "annotate.annotator=teacher", COMPARE, *overrides])
         context = Context(config, Workspace(root), STAGES, _tracker=NoTracker(), _connected=True)  # type: ignore[arg-type]
         STAGE.run(context, record)
         return context
@@ -154,7 +154,7 @@ def test_another_calibrator_touches_no_image_and_no_other_annotator(
     assert encoded == []
     assert changed(root, before) == {f"{name}/calibration.json"}
     assert keys(context) == stored  # what is annotated stays
-    method = {"projection": "csm-paper", "teacher": "csm"}[name]
+    method = {"projection": "paper", "teacher": "csm"}[name]
     trained = {spec.run for spec in run_specs(context) if spec.fingerprint != runs[spec.run]}
     assert trained == {f"{method}-seed{seed}" for seed in range(3)}
 
@@ -167,7 +167,7 @@ def test_a_further_annotator_leaves_the_others_and_their_classifiers_alone(
     encoded.clear()
     context = fit(
         "train.methods.new={mixed: {annotator: lda}}", "train.methods.raw={mixed: {annotator: ratio}}",
-        "train.compare=[csm-paper, csm, new, raw]",
+        "train.compare=[paper, csm, new, raw]",
     )  # fmt: skip
     assert encoded == []  # its features are there
     assert {name.split("/")[0] for name in changed(root, before)} == {"lda", "ratio"}
@@ -255,6 +255,55 @@ def test_auto_takes_the_least_nll_and_leaves_out_what_cannot_be_fitted(
     assert {asdict(spec)["settings"]["mixed"]["annotator"] for spec in run_specs(context)} == {"projection", choice["chosen"]}
 
 
+@pytest.mark.parametrize("lacking", ["bad", "zero-shot"])  # a head that does not fit its encoder; an encoder that cannot be loaded
+def test_an_ensemble_among_the_candidates_goes_on_without_a_member_that_cannot_be_had(
+    fit: Fit, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lacking: str
+) -> None:
+    (tmp_path / "model").mkdir()
+    overrides = (
+        f"annotate.encoders.clip.parameters.path={tmp_path / 'model'}",
+        "annotate.annotators.bad={head: posterior, encoder: pixels}",
+        f"annotate.annotators.pool={{head: ensemble, members: [teacher, {lacking}, lda], parameters: {{pool: log}}}}",
+        "annotate.annotators.over={head: ensemble, members: [pool, qda]}",
+    )
+    context = fit("annotate.annotator=auto", "annotate.candidates=[pool]", *overrides)
+    said = capsys.readouterr().err
+    assert f"  {lacking}: left out: " in said
+    assert f"  pool: pools teacher, lda alone, without {lacking}\n" in said
+    assert "  pool: log pool, " in said
+    assert " pooled -> " in said
+    assert "with members, weights and calibrator fitted on other images (cross-fitted)" in said
+    kept = storage.read_json(root / "annotators/pool/annotator.json")["chosen"]
+    assert list(kept) == ["teacher", "lda"]
+    assert storage.read_json(root / "annotators" / "auto.json")["chosen"] == "pool"
+    (job,) = [job for job in annotate_jobs(context, "mixed", frozenset({0})) if job.name == "pool"]
+    assert [member.name for member in job.spec.members] == ["teacher", "lda"]
+    assert set(job.encoders) == {"teacher", "classifier"}
+    assert all(path.exists() for path in STAGE.outputs(context.workspace, context.config))
+    before = files(root)
+    assert keys(fit("annotate.annotator=auto", "annotate.candidates=[pool]", *overrides)) == keys(context)
+    assert changed(root, before) == {"auto.json"}  # the choice is made again, and is the same
+    with pytest.raises(InputError, match=f"^annotate\\.(annotators\\.{lacking}|encoders\\.clip): "):  # who names it wants all of it
+        fit("annotate.annotator=pool", *overrides)
+
+
+def test_an_ensemble_that_has_all_its_members_again_is_fitted_again(fit: Fit, root: Path) -> None:
+    pool = "annotate.annotators.pool={head: ensemble, members: [teacher, member, lda]}"
+    auto = ("annotate.annotator=auto", "annotate.candidates=[pool]", pool)
+    before = keys(fit(*auto, "annotate.annotators.member={head: posterior, encoder: pixels}"))
+    after = keys(fit(*auto, "annotate.annotators.member={head: lda, encoder: pixels}"))
+    assert list(storage.read_json(root / "annotators/pool/annotator.json")["chosen"]) == ["teacher", "member", "lda"]
+    assert after["pool"] != before["pool"]
+
+
+def test_what_a_head_chose_is_said_and_kept(fit: Fit, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("annotate.annotator=ppca-pixels", "train.compare=[csm]")
+    chosen = storage.read_json(root / "annotators/ppca-pixels/annotator.json")["chosen"]
+    assert set(chosen) == {"rank", "pooling"}
+    line = f"  ppca-pixels: rank {chosen['rank']}, pooling {chosen['pooling']:g}, by NLL on validation images"
+    assert line in capsys.readouterr().err
+
+
 def test_auto_without_a_candidate_that_can_be_fitted_is_refused(fit: Fit) -> None:
     with pytest.raises(
         InputError, match=r"annotate\.candidates: none of them can be chosen \(bad: posterior: the encoder gives 36"
@@ -306,12 +355,10 @@ def both(context: Context) -> tuple[Workspace, Any]:
 
 
 def test_definitions_that_are_not_used_do_not_call_it_out_of_date() -> None:
-    settings = STAGE.settings(load_config("demo"))
-    assert (
-        STAGE.settings(load_config("demo", ["annotate.annotators.knn=null", "annotate.encoders.new={kind: pixels}"])) == settings
-    )
-    assert STAGE.settings(load_config("demo", ["annotate.annotators.teacher.description=other"])) == settings
-    assert STAGE.settings(load_config("demo", ["annotate.annotators.teacher.pair=true"])) != settings
+    settings = lambda *more: STAGE.settings(load_config("demo", ["annotate.annotator=teacher", *more]))  # noqa: E731
+    assert settings("annotate.annotators.knn=null", "annotate.encoders.new={kind: pixels}") == settings()
+    assert settings("annotate.annotators.teacher.description=other") == settings()
+    assert settings("annotate.annotators.teacher.pair=true") != settings()
 
 
 def test_annotations_are_identified_by_image_fit_and_calibration(fit: Fit, root: Path) -> None:
@@ -358,7 +405,8 @@ def test_the_nll_that_is_said_is_of_images_that_the_calibrator_did_not_see(fit: 
     context = fit("annotate.annotator=lda-pixels", "annotate.annotators.lda-pixels.calibrator=isotonic")
     said = {line.split(":")[0].strip(): line for line in capfd.readouterr().err.splitlines()}
     found = calibration_of(context.workspace, "lda-pixels")
-    assert f"; NLL {found.nll_before:.3f} -> {found.nll:.3f}" in said["lda-pixels"]
+    after = f"{found.nll:.3f} calibrated on other images (cross-fitted)"
+    assert f"; NLL {found.nll_before:.3f} as it is -> {after}" in said["lda-pixels"]
     assert found.nll > found.nll_after
     assert "; NLL within pairs" in said["projection"]
     assert "shares alone" not in said["lda-pixels"]

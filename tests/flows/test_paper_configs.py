@@ -36,12 +36,19 @@ def test_the_sampler_is_edm_s(named):
 
 def test_labels_are_by_projection_in_clip_s_features(named):
     config = named[1]
-    term = config.train.chosen["csm-paper"].mixed
+    term = config.train.chosen["paper"].mixed
     annotator = config.annotate.annotators[term.annotator]
     assert (annotator.head, annotator.encoder, annotator.scale) == ("projection", "clip", PAPER[named[0]][3])
     assert (term.loss, term.weight, term.schedule, term.per_real) == ("l2", 1.0, "pair", 2)
     assert config.train.chosen["cross-entropy"].mixed is None
-    assert config.annotators == ("projection-clip", "linear-clip")  # none that needs classifiers to be trained first
+    assert config.annotators == ("projection-clip", "auto")
+
+
+def test_labels_of_csm_are_by_the_teacher_or_by_all_that_can_be_asked(named):
+    annotate = named[1].annotate
+    assert annotate.candidates == ("teacher", "experts")
+    many = named[0] != "cifar10"  # classes, each of which the generator would be asked for
+    assert annotate.annotators["experts"].members == ("teacher", "linear-clip") if many else ("teacher", "generator", "linear-clip")
 
 
 def test_training_is_the_paper_s(named):
@@ -57,7 +64,7 @@ def test_training_is_the_paper_s(named):
         "choose": "val-accuracy",
     }
     assert {key: values[key] for key in expected} == expected
-    assert list(train.chosen) == ["cross-entropy", "csm-paper", "csm"]
+    assert list(train.chosen) == ["cross-entropy", "paper", "csm"]
     assert train.network == "resnet50"
     side = 64 if named[0] == "tiny-imagenet" else 32
     check_network(train.network, train.parameters, (side, side, 3))

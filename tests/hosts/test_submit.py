@@ -18,6 +18,7 @@ DEMO = {
     "plan.shard_rows": "6",
     # Labelling takes longer than mixing, so one worker cannot do it all.
     "mix.sampler.steps": "3",
+    "annotate.annotator": "teacher",
     "annotate.members": "8",
     "annotate.encoders.teacher.parameters.views": "9",
     "train.seeds": "1",

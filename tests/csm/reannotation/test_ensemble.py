@@ -9,9 +9,10 @@ from torch.nn.functional import cross_entropy
 
 from csm import storage
 from csm.errors import InputError
+from csm.posthoc.ensemble import pool_weights
 from csm.reannotation.calibration import fit_calibration, stratified_folds
 from csm.reannotation.calibrators import Calibration, apply_calibration
-from csm.reannotation.ensemble import fit_ensemble, fit_ensemble_calibration, load_ensemble, pool_weights
+from csm.reannotation.ensemble import fit_ensemble, fit_ensemble_calibration, load_ensemble
 
 Sample = tuple[dict[str, torch.Tensor], torch.Tensor]
 
