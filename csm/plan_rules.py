@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # planning asks the rule of pairs
     from csm.planning import PlanConfig
@@ -15,7 +15,7 @@ MANY, PER_MANY = 4096, 4  # and from which on; in between their number stays
 MOST = 1_000_000  # mixed images
 
 
-def pair_policy(n_classes: int) -> str:
+def pair_policy(n_classes: int) -> Literal["all", "confusion"]:
     """``plan.pairs`` of K classes: "all", or above ``ALL_PAIRS`` those that the teacher confuses."""
     return "all" if n_classes <= ALL_PAIRS else "confusion"
 
@@ -50,9 +50,9 @@ def count_pairs(pairs: str | Sequence[object], n_classes: int, per_class: int) -
 def resolve_plan(config: "PlanConfig", n_classes: int, train_images: int) -> "PlanConfig":
     """``config`` with a value wherever it says ``auto``, for data of K classes and so many training images."""
     pairs = pair_policy(n_classes) if config.pairs == AUTO else config.pairs
-    near = near_classes(n_classes) if config.pairs_per_class == AUTO else config.pairs_per_class
+    near = near_classes(n_classes) if isinstance(config.pairs_per_class, str) else config.pairs_per_class
     sets = config.sets_per_pair
-    if sets == AUTO:
+    if isinstance(sets, str):
         per_set = config.ratios if isinstance(config.ratios, int) else max(1, len(config.ratios))
         sets = -(-mixed_images(train_images) // (count_pairs(pairs, n_classes, near) * per_set))
     return replace(config, pairs=pairs, pairs_per_class=near, sets_per_pair=sets)

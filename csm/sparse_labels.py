@@ -55,7 +55,8 @@ class SparseLabels:
     def entropies(self) -> Tensor:
         """Entropy of each label in nats, float32 (M,)."""
         others = self.n_classes - self.classes.shape[1]
-        return torch.special.entr(self.probs).sum(dim=1) + others * torch.special.entr(self.rest)
+        entropies: Tensor = torch.special.entr(self.probs).sum(dim=1) + others * torch.special.entr(self.rest)
+        return entropies
 
 
 def rows_of(labels: Tensor | SparseLabels, rows: Tensor) -> Tensor:

@@ -91,7 +91,9 @@ def _outputs(workspace: Workspace, config: Config) -> list[Path]:
 def _missing(context: Context, record: StageRecord) -> Path | None:
     workspace, mixed = context.workspace, record.inputs["mix"]
     names = annotators(workspace, context.config)
-    missing = (missing_part(workspace, name, workspace.annotations(name), _key(workspace, context.config, name, mixed)) for name in names)
+    missing = (
+        missing_part(workspace, name, workspace.annotations(name), _key(workspace, context.config, name, mixed)) for name in names
+    )
     return next((path for path in missing if path), None)
 
 

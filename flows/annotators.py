@@ -88,7 +88,7 @@ class AnnotateConfig:
         candidates: of "auto".
         members: number of classifiers of the teacher; the first is also the encoder ``classifier``.
         teacher: how they are trained.
-        top: of each mixed image only so many of its most probable classes are stored; none: all of up to 100 classes, 32 of more.
+        top: of each mixed image only so many of its most probable classes are stored; none: all of up to 100 classes, an eighth of more.
     """
 
     annotators: dict[str, AnnotatorConfig]

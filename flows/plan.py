@@ -45,7 +45,11 @@ def _pairs(context: Context) -> Pairs:
     config, info = context.resolved.plan, RealDataset.load_info(context.workspace.root)
     if config.pairs in MEASURED:
         return nearest_pairs(_distances(context), int(config.pairs_per_class))
-    return all_pairs(info.n_classes) if isinstance(config.pairs, str) else listed_pairs(config.pairs, info.n_classes, info.class_names)
+    return (
+        all_pairs(info.n_classes)
+        if isinstance(config.pairs, str)
+        else listed_pairs(config.pairs, info.n_classes, info.class_names)
+    )
 
 
 def _distances(context: Context) -> torch.Tensor:
@@ -83,7 +87,9 @@ STAGE = Stage(
     name="plan",
     code_version=1,
     inputs=("prepare", "generator"),
-    more_inputs=lambda config: ("fit-teacher",) if config.plan.pairs in (*MEASURED, AUTO) else (),  # auto: before the data are known
+    more_inputs=lambda config: (
+        ("fit-teacher",) if config.plan.pairs in (*MEASURED, AUTO) else ()
+    ),  # auto: before the data are known
     settings=_settings,
     outputs=lambda workspace, config: [workspace.plan],
     check=_check,

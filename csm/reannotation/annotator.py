@@ -135,8 +135,9 @@ def annotate(
             raise InputError(
                 f"annotator {name}: what it says of an image is no number: check what it was fitted from and fit it again"
             )
-        frame = pl.DataFrame({"mix_id": rows["mix_id"], "lam_raw": share.float().cpu().numpy(), **_columns(posterior, len(rows), schema, top)})
-        frames[name] = tables.check(frame.select(list(schema)), schema, "annotations")
+        said = _columns(posterior, len(rows), schema, top)
+        frame = pl.DataFrame({"mix_id": rows["mix_id"], "lam_raw": share.float().cpu().numpy(), **said})
+        frames[name] = tables.check(frame, schema, "annotations")
     return frames
 
 

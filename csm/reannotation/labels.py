@@ -42,7 +42,7 @@ def sparse_labels(plan: pl.DataFrame, annotations: pl.DataFrame, n_classes: int,
     """
     rows = _annotated(plan, annotations)
     pair = calibration.pair or bool(rows["log_posterior"].null_count())
-    top = 2 if pair else rows.schema["log_posterior"].shape[0]  # type: ignore[union-attr]
+    top = 2 if pair else rows["classes"].to_numpy().shape[1]
     found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for part in _parts(rows, n_classes):
         labels = _probabilities(part, n_classes, calibration)

@@ -34,7 +34,9 @@ REPEATS = 3
 EPOCHS, BATCH, RATE = 5, 256, 0.02  # of the classifier
 
 
-def classes(numbers: Sequence[int] = (10, 100, 1000), tops: Sequence[int] = (8, 32), images: int = 16_384) -> list[dict[str, Any]]:
+def classes(
+    numbers: Sequence[int] = (10, 100, 1000), tops: Sequence[int] = (8, 32), images: int = 16_384
+) -> list[dict[str, Any]]:
     """Annotate mixed images of K Gaussian classes by ``lda`` on pixels, store whole posteriors or their ``top`` classes, and learn both.
 
     The plan is the one that ``csm.plan_rules`` makes of the data, with the pairs that the annotator confuses; ``images`` of it, drawn at
@@ -97,7 +99,9 @@ def _measure(number: int, tops: Sequence[int], images: int) -> list[dict[str, An
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="csm-bench-") as folder:
         data = _make(number, images, Path(folder))
-        say(f"{number:,} classes: {len(data.mixed):,} mixed images; the rules: {data.pairs:,} pairs x {data.sets} sets x 8 ratios")
+        say(
+            f"{number:,} classes: {len(data.mixed):,} mixed images; the rules: {data.pairs:,} pairs x {data.sets} sets x 8 ratios"
+        )
         found = _annotated(data, number, (None, *tops), Path(folder))
         rows = _rows(data, number, found)
     return [{**row, "seconds": round(time.monotonic() - started, 1)} for row in rows]
@@ -148,7 +152,9 @@ def _some(plan: pl.DataFrame, images: int) -> pl.DataFrame:
     return plan[(steps * chosen[:, None] + np.arange(steps)).ravel()]
 
 
-def _annotated(data: _Data, number: int, tops: Sequence[int | None], folder: Path) -> dict[int | None, tuple[pl.DataFrame, float, float]]:
+def _annotated(
+    data: _Data, number: int, tops: Sequence[int | None], folder: Path
+) -> dict[int | None, tuple[pl.DataFrame, float, float]]:
     """Stored classes -> annotations, microseconds and bytes of an image; one after the other, and all of them again."""
     encoders, best, size = {"pixels": load_pixels(Sources(folder))}, dict.fromkeys(tops, float("inf")), dict.fromkeys(tops, 0.0)
     frames: dict[int | None, pl.DataFrame] = {}
@@ -181,9 +187,7 @@ def _rows(data: _Data, number: int, found: dict[int | None, tuple[pl.DataFrame, 
         labels = _labels(data, annotations, number)
         lost = (labels - whole).abs().sum(dim=1) / 2
         read = soft_labels if top is None else sparse_labels
-        learned = MixedSet.join(
-            data.plan, data.mixed, read(data.plan, annotations, number, data.calibration), SHAPE, number
-        )
+        learned = MixedSet.join(data.plan, data.mixed, read(data.plan, annotations, number, data.calibration), SHAPE, number)
         logits = _learn(learned, data.law, number)(data.test[0])
         scores = evaluate(logits, data.test[1], metrics=["accuracy", "nll"])
         row = {

@@ -6,7 +6,9 @@ import torch
 
 SIDE = 8  # of an image, which has one channel
 SHAPE = (SIDE, SIDE, 1)
-LATENT = 12  # dimensions in which the class means lie: each class has some near ones and many far ones, as in data of many classes
+LATENT = (
+    12  # dimensions in which the class means lie: each class has some near ones and many far ones, as in data of many classes
+)
 ACCURACY = 0.8  # of the true posterior
 REACH = 4.0  # standard deviations of a pixel that lie in 0..255
 DRAWS = 4000  # on which the accuracy is set

@@ -163,7 +163,7 @@ CALIBRATIONS = [
 ]
 
 
-def truncated(rows: int = 40) -> tuple[pl.DataFrame, pl.DataFrame, np.ndarray]:
+def truncated(rows: int = 42) -> tuple[pl.DataFrame, pl.DataFrame, np.ndarray]:
     """A plan of ``MANY`` classes, its annotations with ``TOP`` of them, in another order, and the completed posteriors in that order."""
     plan = make_plan(MANY, "data", "net", PlanConfig(ratios=3, sets_per_pair=1)).head(rows)
     said = truncate(torch.from_numpy(np.log(np.random.default_rng(0).dirichlet(np.full(MANY, 0.3), rows))).clamp(min=-60), TOP)
@@ -200,11 +200,13 @@ def test_sparse_labels_are_the_soft_labels(calibration: Calibration, pair: bool,
     images = plan.select("mix_id").with_columns(image=pl.lit(b"0123"))
     mixed = MixedSet.join(plan, images, sparse, (2, 2, 1), MANY)
     assert isinstance(mixed.labels, SparseLabels)
-    assert mixed.labels.classes.shape == (40, 2 if pair else TOP)
+    assert mixed.labels.classes.shape == (42, 2 if pair else TOP)
     order = plan.sort("group", "class_a", "class_b", "step")["mix_id"]
     for mix_id, label in zip(order, mixed.labels.dense().tolist(), strict=True):
         expected = np.array(dense[mix_id])
-        if calibration.calibrator in ("vector", "isotonic") and not pair:  # the classes after the first three share what they have
+        if (
+            calibration.calibrator in ("vector", "isotonic") and not pair
+        ):  # the classes after the first three share what they have
             kept = np.argsort(-expected, kind="stable")[:TOP]
             tail = np.delete(expected, kept).mean()
             expected = np.array([expected[k] if k in kept else tail for k in range(MANY)])
@@ -218,8 +220,8 @@ def test_labels_of_pairs_are_sparse_too() -> None:
     sparse = sparse_labels(plan, shares, MANY, Calibration("none", pair=True))
     joined = sparse.join(plan, on="mix_id")
     assert joined["classes"].to_list() == [list(pair) for pair in joined.select("class_a", "class_b").iter_rows()]
-    assert joined["probs"].to_numpy() == pytest.approx(np.tile([0.7, 0.3], (40, 1)))
-    assert joined["rest"].to_list() == [0] * 40
+    assert joined["probs"].to_numpy() == pytest.approx(np.tile([0.7, 0.3], (42, 1)))
+    assert joined["rest"].to_list() == [0] * 42
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])

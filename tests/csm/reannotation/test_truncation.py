@@ -16,7 +16,17 @@ def posteriors(rows: int = 40, classes: int = 12, spread: float = 3.0, seed: int
 
 @pytest.mark.parametrize(
     ("classes", "top", "stored"),
-    [(10, None, None), (100, None, None), (101, None, 32), (1000, None, 32), (1000, 1000, None), (1000, 5, 5), (10, 3, 3), (3, 3, None)],
+    [
+        (10, None, None),
+        (100, None, None),
+        (101, None, 32),
+        (200, None, 32),
+        (1000, None, 125),
+        (1000, 1000, None),
+        (1000, 5, 5),
+        (10, 3, 3),
+        (3, 3, None),
+    ],
 )
 def test_how_many_classes_are_stored(classes: int, top: int | None, stored: int | None) -> None:
     assert stored_classes(classes, top) == stored
@@ -46,9 +56,7 @@ def test_nothing_left_is_nothing_for_each() -> None:
     assert complete(truncate(said, 1), 3).exp().tolist() == [[1.0, 0.0, 0.0]]
 
 
-@given(
-    st.integers(0, 10_000), st.integers(3, 30), st.floats(0.1, 12.0), st.floats(0.1, 20.0), st.data()
-)
+@given(st.integers(0, 10_000), st.integers(3, 30), st.floats(0.1, 12.0), st.floats(0.1, 20.0), st.data())
 def test_the_bound_on_what_a_temperature_makes_of_it_holds(
     seed: int, classes: int, spread: float, temperature: float, data: st.DataObject
 ) -> None:
@@ -67,14 +75,14 @@ def test_the_bound_on_what_a_temperature_makes_of_it_holds(
     assert (lost <= others / (kept + others) + 1e-6).all()
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5, 3.0])
-def test_of_a_thousand_classes_32_lose_little_at_any_temperature_that_is_fitted(temperature: float) -> None:
-    """Classes at random in 12 dimensions, read right four times in five: the others have 2 % of the mass, and are alike."""
+@pytest.mark.parametrize(("temperature", "most"), [(0.5, 1e-4), (1.0, 1e-3), (1.5, 0.01), (2.0, 0.03)])
+def test_of_a_thousand_classes_the_default_loses_little(temperature: float, most: float) -> None:
+    """Classes at random in 12 dimensions, read right five times in six."""
     draw = np.random.default_rng(0)
-    means = draw.normal(size=(1000, 12))
-    points = means[draw.integers(0, 1000, 500)] + 0.37 * draw.normal(size=(500, 12))
-    square = ((points[:, None] - means[None]) ** 2).sum(axis=2)
-    said = torch.from_numpy(-square / (2 * 0.37**2)).log_softmax(dim=1)
-    label = (complete(truncate(said, 32), 1000).double() / temperature).softmax(dim=1)
+    means, deviation = draw.normal(size=(1000, 12)), 0.6
+    points = means[draw.integers(0, 1000, 500)] + deviation * draw.normal(size=(500, 12))
+    square = (points**2).sum(axis=1)[:, None] - 2 * points @ means.T + (means**2).sum(axis=1)
+    said = torch.from_numpy(-square / (2 * deviation**2)).log_softmax(dim=1)
+    label = (complete(truncate(said, stored_classes(1000, None) or 0), 1000).double() / temperature).softmax(dim=1)
     lost = (label - (said / temperature).softmax(dim=1)).abs().sum(dim=1) / 2
-    assert lost.mean() < 0.05
+    assert lost.mean() < most

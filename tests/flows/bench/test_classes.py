@@ -49,7 +49,9 @@ def test_the_posterior_of_the_law_is_bayes_rule() -> None:
     law = gaussian_classes(5, torch.Generator().manual_seed(0))
     labels = torch.arange(5).repeat(400)
     images = law.draw(law.means[labels], torch.Generator().manual_seed(1))
-    density = [multivariate_normal(mean.numpy(), law.deviation**2).logpdf(images.flatten(1).numpy().astype(float)) for mean in law.means]
+    density = [
+        multivariate_normal(mean.numpy(), law.deviation**2).logpdf(images.flatten(1).numpy().astype(float)) for mean in law.means
+    ]
     expected = torch.from_numpy(np.stack(density, axis=1)).log_softmax(dim=1)
     found = law.log_posterior(images)
     assert torch.allclose(found, expected, atol=1e-6)
