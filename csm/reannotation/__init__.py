@@ -5,12 +5,13 @@ from csm.reannotation.calibration import choose, fit_calibration, held_out_share
 from csm.reannotation.calibrators import CALIBRATORS, Calibration, apply_calibration, describe
 from csm.reannotation.ensemble import ensemble_members, fit_ensemble, fit_ensemble_calibration, load_ensemble
 from csm.reannotation.heads import FitInputs, HeadKind
-from csm.reannotation.labels import soft_labels
+from csm.reannotation.labels import soft_labels, sparse_labels
 from csm.reannotation.pools import POOLS
 from csm.reannotation.registry import HEADS
+from csm.reannotation.truncation import stored_classes
 
 __all__ = [
     "CALIBRATORS", "HEADS", "POOLS", "Annotator", "AnnotatorSpec", "Calibration", "FitInputs", "HeadKind", "annotate",
     "apply_calibration", "choose", "describe", "ensemble_members", "fit_calibration", "fit_ensemble", "fit_ensemble_calibration",
-    "held_out_shares", "load_ensemble", "soft_labels",
+    "held_out_shares", "load_ensemble", "soft_labels", "sparse_labels", "stored_classes",
 ]  # fmt: skip
