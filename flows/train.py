@@ -1,6 +1,7 @@
 """train: every method with every seed, in one Ray Train worker group."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from csm import storage
@@ -8,7 +9,7 @@ from csm.datasets import RealDataset
 from csm.methods import identity
 from csm.runs import MixedSource, RunSpec
 from flows.annotate import annotated
-from flows.artifacts import StageRecord
+from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.fit_annotators import resolve
 from flows.folders import absolute_folders
@@ -65,7 +66,7 @@ def _ensemble(spec: RunSpec, common: list[Any]) -> RunSpec:
             spec,
             run=f"{spec.run}-member-{number}",
             seed=seed,
-            directory=spec.directory / f"member-{number}",
+            directory=_member(spec.directory, number),
             settings=replace(spec.settings, members=1),
             fingerprint=storage.digest("run", *common, seed),
         )
@@ -73,6 +74,11 @@ def _ensemble(spec: RunSpec, common: list[Any]) -> RunSpec:
     )
     fingerprint = storage.digest("ensemble", [member.fingerprint for member in members])
     return replace(spec, members=members, fingerprint=fingerprint)
+
+
+def _member(run: Path, number: int) -> Path:
+    """Folder of a member of the ensemble in the folder ``run``."""
+    return run / f"member-{number}"
 
 
 def _run(context: Context, record: StageRecord) -> Made:
@@ -90,6 +96,16 @@ def _settings(config: Config) -> dict[str, Any]:
     return {"train": {**asdict(config.train), "parameters": parameters, "methods": chosen, "compare": list(chosen)}}
 
 
+def _outputs(workspace: Workspace, config: Config) -> list[Path]:
+    records = []
+    for seed in range(config.train.seeds):
+        for name, method in config.train.chosen.items():
+            run = workspace.run(f"{name}-seed{seed}")
+            members = [_member(run, number) for number in range(method.members)] if method.members > 1 else []
+            records += [folder / "run.json" for folder in (run, *members)]
+    return records
+
+
 STAGE = Stage(
     name="train",
     unit="classifiers",
@@ -97,9 +113,7 @@ STAGE = Stage(
     inputs=("prepare",),
     more_inputs=lambda config: ("annotate",) if config.mixes else (),
     settings=_settings,
-    outputs=lambda workspace, config: [
-        workspace.run(f"{name}-seed{seed}") / "run.json" for seed in range(config.train.seeds) for name in config.train.chosen
-    ],
+    outputs=_outputs,
     check=check_train,
     run=_run,
     incremental=True,

@@ -32,7 +32,9 @@ def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -
     singles = [single for spec in specs for single in spec.singles]
     wholes = {member.run: spec for spec in specs for member in spec.members}
     runs = context.workspace.root / "runs"
-    unfinished = adopt(runs, singles)
+    unfinished = [one for one in singles if not is_finished(one)]
+    if name not in context.forced:
+        unfinished = adopt(runs, unfinished)
     _log_late(context, specs, kind)
     if not unfinished:
         return
@@ -42,7 +44,7 @@ def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -
         _train(context, todo, wholes, name, kind)
     except TrainingError as error:
         failed = {spec.fingerprint: error.errors[spec.run] for spec in todo if spec.run in error.errors}
-    adopt(runs, unfinished)
+    adopt(runs, [one for one in unfinished if not is_finished(one)])
     _log_late(context, specs, kind)
     errors = {spec.run: failed[one.fingerprint] for spec in specs for one in spec.singles if one.fingerprint in failed}
     if errors:

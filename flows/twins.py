@@ -9,23 +9,25 @@ import polars as pl
 
 from csm import storage, tables
 from csm.locations import local
-from csm.runs import RunSpec, is_finished
+from csm.runs import RunSpec
 
 
 def adopt(runs: Path, specs: Sequence[RunSpec]) -> list[RunSpec]:
-    """Copy to the folder of each unfinished run of ``specs`` the finished one of equal fingerprint below ``runs``; give those that have none.
+    """Copy to the folder of each run of ``specs``, which are not finished, the finished one of equal fingerprint below ``runs``.
 
     Equal fingerprints are equal classifiers: the first member of an ensemble is the classifier that its method trains alone.
+
+    Returns:
+        Those of ``specs`` of which there is none.
     """
-    todo = [spec for spec in specs if not is_finished(spec)]
-    if not todo:
+    if not specs:
         return []
     records = sorted([*runs.glob("*/run.json"), *runs.glob("*/member-*/run.json")])
-    known = {storage.read_json(record)["fingerprint"]: record.parent for record in records}
-    for spec in todo:
+    known = {storage.read_json(record).get("fingerprint"): record.parent for record in records}
+    for spec in specs:
         if spec.fingerprint in known:
             _copy(known[spec.fingerprint], spec)
-    return [spec for spec in todo if spec.fingerprint not in known]
+    return [spec for spec in specs if spec.fingerprint not in known]
 
 
 def _copy(source: Path, spec: RunSpec) -> None:

@@ -136,6 +136,25 @@ def test_an_unknown_key_is_refused_with_those_that_are_allowed(override, allowed
 
 
 @pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("train.epoch", "train.optimizer.epochs"),
+        ("train.epochs", "train.optimizer.epochs"),
+        ("epochs", "train.optimizer.epochs"),
+        ("optimizer", "train.optimizer"),
+        ("train.networks", "train.network"),
+        ("train.methods.csm.weight", "train.methods.csm.mixed.weight"),
+        ("train.methods.csm.mixed.wieght", "train.methods.csm.mixed.weight"),
+        ("mix.step", "mix.sampler.steps"),
+        ("annotate.teacher.epochs", "annotate.teacher.optimizer.epochs"),
+    ],
+)
+def test_an_unknown_key_is_met_with_the_one_that_was_meant_wherever_it_stands_below(key, meant):
+    message = refused("demo", f"{key}=3")
+    assert message.startswith(f"{key}: no such setting; did you mean {meant}? Allowed in its place: ")
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("generator.steps=many", "generator.steps: expected a whole number"),
