@@ -86,8 +86,9 @@ def fit_run(
 ) -> None:
     """Train the classifier of ``spec`` and write ``model.*``, ``predictions.parquet``, ``history.json`` and ``run.json``.
 
-    Of an ensemble, first its members are trained, one after the other; it has no history. An unfinished run goes on from ``state.pt``; a finished one returns at once. On a CPU the result depends on the spec, the files it
-    names and torch's number of threads only. Rank 0 alone reads the state and writes files.
+    An unfinished run goes on from ``state.pt``; a finished one returns at once. On a CPU the result depends on the spec, the files it
+    names and torch's number of threads only. Rank 0 alone reads the state and writes files. Of an ensemble first the members are trained,
+    one after the other; it has no history of its own.
 
     Args:
         spec: what to train.

@@ -166,9 +166,7 @@ def _with(config: "Config", values: Mapping[str, Any], more: Mapping[str, Any]) 
     own = config.train.methods[_method(config, values)].optimizer
     for name in own:
         if f"train.optimizer.{name}" in settings:
-            raise InputError(
-                f"train.optimizer.{name}: {_method(config, values)} has its own; write method.optimizer.{name}"
-            )
+            raise InputError(f"train.optimizer.{name}: {_method(config, values)} has its own; write method.optimizer.{name}")
     teacher, before = teacher_training(config.train, config.annotate), dict[str, Any]()
     if not config.annotate.teacher.models:
         pinned = {"network": teacher.network, "parameters": teacher.parameters, "optimizer": asdict(teacher.optimizer)}

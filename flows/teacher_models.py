@@ -54,7 +54,9 @@ def check_models(folders: Sequence[Path], info: DatasetInfo) -> None:
         spec = storage.read_record(folder / "model.json", ClassifierSpec)
         if spec.class_names != info.class_names:
             classes = "other classes" if sorted(spec.class_names) != sorted(info.class_names) else "the classes in another order"
-            raise InputError(f"{WHERE}: {folder} has {classes} ({_some(spec.class_names)}) than {info.name} ({_some(info.class_names)})")
+            raise InputError(
+                f"{WHERE}: {folder} has {classes} ({_some(spec.class_names)}) than {info.name} ({_some(info.class_names)})"
+            )
         if spec.channels != info.shape[2]:
             raise InputError(f"{WHERE}: {folder} takes images of {spec.channels} channels, {info.name} has {info.shape[2]}")
 

@@ -19,6 +19,7 @@ from flows.training import fit_runs
 
 MEMBER_SEEDS = 10_000  # between the seeds of two members of an ensemble: above all of methods and of the teacher
 
+
 def run_specs(context: Context) -> list[RunSpec]:
     """All runs of the comparison, seed by seed. A run depends on the annotations and the calibration of its own annotator alone."""
     workspace, config = context.workspace, context.config

@@ -23,8 +23,8 @@ TRACKED_SECONDS = 10.0  # between two batches of epochs in MLflow
 def fit_runs(context: Context, specs: Sequence[RunSpec], name: str, kind: str) -> None:
     """Train what is unfinished of ``specs``, with progress and one child run in MLflow for each (tag ``csm.kind`` = ``kind``).
 
-    The members of an ensemble are trained like all others; their runs are below that of the ensemble, with the kind ``member``. Of runs with
-    one fingerprint one is trained.
+    The members of an ensemble are trained like all others; their MLflow runs are below its own, with the kind ``member``. Of several of one
+    fingerprint one is trained.
 
     Raises:
         TrainingError: some of ``specs`` failed; the others are finished.
@@ -155,7 +155,12 @@ def run_key(spec: RunSpec) -> str:
 
 def _open_run(context: Context, spec: RunSpec, kind: str, whole: RunSpec | None = None) -> None:
     """Open the MLflow run of ``spec``: a child of the open one of ``whole``, the ensemble that it is a member of, if it is."""
-    tags = {"csm.kind": "member" if whole else kind, "csm.method": spec.method, "csm.seed": str(spec.seed), "csm.loss": spec.settings.loss}
+    tags = {
+        "csm.kind": "member" if whole else kind,
+        "csm.method": spec.method,
+        "csm.seed": str(spec.seed),
+        "csm.loss": spec.settings.loss,
+    }
     if spec.settings.mixed:
         tags["csm.annotator"] = spec.settings.mixed.annotator or ""
     params: dict[str, Any] = {"method": spec.method, "seed": spec.seed, "network": spec.network, **asdict(spec.settings)}

@@ -1,4 +1,4 @@
-"""Deep ensembles (Lakshminarayanan et al., NeurIPS 2017, section 2.4): networks that differ in their initialisation and the order of images."""
+"""Deep ensembles (Lakshminarayanan et al., NeurIPS 2017, section 2.4): networks of different initialisation and order of images."""
 
 import math
 from collections.abc import Sequence

@@ -26,7 +26,7 @@ GROUPS: dict[str, Callable[[str, Method], bool]] = {
     "all": lambda name, method: True,
     "losses": lambda name, method: method.mixing is None and method.mixed is None and method.members == 1,
     "mixing": lambda name, method: (
-        (method.mixing is not None or method.mixed is not None) and method.members == 1 or name == "cross-entropy"
+        ((method.mixing is not None or method.mixed is not None) and method.members == 1) or name == "cross-entropy"
     ),
 }
 

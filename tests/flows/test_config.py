@@ -13,7 +13,9 @@ BUNDLED = sorted(set(config_names()) - {"default"})
 METHODS = {name: ["cross-entropy", "label-smoothing", "focal", "mixup", "csm-paper", "csm"] for name in BUNDLED}
 METHODS |= {name: ["cross-entropy", "csm-paper", "csm"] for name in ("cifar10", "cifar100", "tiny-imagenet")}
 METHODS["annotators"] = ["cross-entropy", *(f"csm-{name}" for name in load_config("annotators").annotators)]
-METHODS["digits-hard"] = list(load_config("digits-hard").train.methods)  # every one of the defaults
+METHODS["digits-hard"] = [  # every one of the defaults that trains one classifier
+    name for name, method in load_config("digits-hard").train.methods.items() if method.members == 1
+]
 METHODS["gaussians"] = [
     "cross-entropy",
     "csm-paper",

@@ -1,4 +1,4 @@
-"""Methods with members and with an optimizer of their own, from the configuration to the finished model; classifiers are trained directly."""
+"""Methods with members and with an optimizer of their own, from the configuration to the finished model, but for Ray."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -41,7 +41,9 @@ class Directly:
     def __init__(self, **end: BaseException) -> None:
         self.end, self.trained = end, list[str]()
 
-    def __call__(self, specs: Sequence[RunSpec], group: Any, directory: Path, name: str, on_event: Callable[..., None], workers: int) -> None:
+    def __call__(
+        self, specs: Sequence[RunSpec], group: Any, directory: Path, name: str, on_event: Callable[..., None], workers: int
+    ) -> None:
         errors = {}
         for spec in specs:
             ending = self.end.get(spec.run.replace("-", "_"))
@@ -157,10 +159,8 @@ def test_training_goes_on_between_members_and_mlflow_has_one_run_with_theirs_bel
 
 
 def test_a_member_that_fails_fails_its_ensemble_alone(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TrainingError, match="1 of 2 trainings failed; deep-ensemble-seed0: .*loss is") as caught:
-        train(
-            prepared, monkeypatch, *DEEP, "train.seeds=1", deep_ensemble_seed0_member_1=FloatingPointError("loss is infinite")
-        )
+    with pytest.raises(TrainingError, match=r"1 of 2 trainings failed; deep-ensemble-seed0: .*loss is") as caught:
+        train(prepared, monkeypatch, *DEEP, "train.seeds=1", deep_ensemble_seed0_member_1=FloatingPointError("loss is infinite"))
     assert list(caught.value.errors) == ["deep-ensemble-seed0"]
     alone, deep = run_specs(context_of(prepared, *DEEP, "train.seeds=1"))
     assert is_finished(alone)
@@ -181,7 +181,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_what_is_measured_is_the_log_loss_of_averaged_probabilities(deep: SimpleNamespace, split: str) -> None:
-    images, labels = RealDataset.load(deep.root).split(split)
+    _, labels = RealDataset.load(deep.root).split(split)
     mean = sum(probabilities(member, split) for member in deep.spec.members) / 2
     metrics = pl.read_parquet(deep.root / "metrics.parquet").filter(
         pl.col("split").cast(pl.String) == split, posthoc="none", run="deep-ensemble-seed0"
@@ -229,8 +229,14 @@ def test_a_method_trains_with_its_own_optimizer(prepared: Path) -> None:
         (["optimizer.epochs=many"], "train.methods.csm.optimizer.epochs: expected a whole number, got 'many'"),
         (["optimizer.nope=1"], "train.methods.csm.optimizer.nope: no such setting; allowed: kind, epochs"),
         (["optimizer.epoch=1"], "no such setting; did you mean train.methods.csm.optimizer.epochs?"),
-        (["optimizer.warmup=60"], "train.methods.csm.optimizer.warmup: expected fewer than the 60 epochs of the training, got 60"),
-        (["optimizer.epochs=3", "mixed.warm_start=3"], "mixed.warm_start: expected fewer than the 3 epochs of the training, got 3"),
+        (
+            ["optimizer.warmup=60"],
+            "train.methods.csm.optimizer.warmup: expected fewer than the 60 epochs of the training, got 60",
+        ),
+        (
+            ["optimizer.epochs=3", "mixed.warm_start=3"],
+            "mixed.warm_start: expected fewer than the 3 epochs of the training, got 3",
+        ),
         (["optimizer=3"], "train.methods.csm.optimizer: expected a section with keys, got 3"),
         (["members=0"], "train.methods.csm.members: expected a number greater than or equal to 1, got 0"),
     ],

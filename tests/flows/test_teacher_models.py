@@ -145,7 +145,10 @@ def test_classes_and_channels_must_be_those_of_the_data(first: Path, second: Pat
     spec = load_classifier(first / "runs" / "cross-entropy-seed0").spec
     names = spec.class_names
     for changed, message in (
-        (replace(spec, class_names=("zero", *names[1:])), "has other classes (zero, 1, 2, 3, 4, ...) than digits (0, 1, 2, 3, 4, ...)"),
+        (
+            replace(spec, class_names=("zero", *names[1:])),
+            "has other classes (zero, 1, 2, 3, 4, ...) than digits (0, 1, 2, 3, 4, ...)",
+        ),
         (replace(spec, class_names=names[::-1]), "has the classes in another order (9, 8, 7, 6, 5, ...) than"),
         (replace(spec, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3), "takes images of 3 channels, digits has 1"),
     ):
@@ -164,7 +167,9 @@ def test_damaged_weights_are_named_by_where_they_come_from(first: Path, second: 
 
 def test_models_are_not_trained_so_nothing_is_said_of_their_training() -> None:
     for setting in ("network=resnet18", "parameters={}", "optimizer.epochs=3"):
-        with pytest.raises(InputError, match=rf"^annotate.teacher.{setting.partition('=')[0].partition('.')[0]}: annotate.teacher.models"):
+        with pytest.raises(
+            InputError, match=rf"^annotate.teacher.{setting.partition('=')[0].partition('.')[0]}: annotate.teacher.models"
+        ):
             load_config("demo", ["annotate.teacher.models=[a]", f"annotate.teacher.{setting}"])
     config = load_config("demo", ["annotate.teacher.models=[a]"])
     assert trial_config(config, {"train.optimizer.epochs": 3}).annotate.teacher == config.annotate.teacher
