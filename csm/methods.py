@@ -1,6 +1,7 @@
 """What distinguishes one training from another: losses, mixing, and the term on semantic mixtures."""
 
 import math
+from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -65,6 +66,9 @@ class Method:
         loss: name in ``csm.losses.HARD`` for the real images, ``parameters`` its settings.
         mixing: of the real images with each other, or none.
         mixed: the term on semantically mixed images, or none.
+        members: classifiers with initialisations and orders of their own whose mean probability is the prediction: a deep ensemble
+            (Lakshminarayanan et al. 2017).
+        optimizer: settings of ``csm.optimization.OptimizerConfig`` that this method has in place of those of all methods.
     """
 
     description: str = ""
@@ -72,6 +76,18 @@ class Method:
     parameters: dict[str, Any] = Field(default_factory=dict)
     mixing: PixelTerm | None = None
     mixed: MixedTerm | None = None
+    members: int = Field(default=1, ge=1)
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+
+
+def identity(method: Method) -> dict[str, Any]:
+    """What tells ``method`` from another one, for fingerprints.
+
+    Settings that came later are left out while they have their default: what was trained before is known again.
+    """
+    later = {"members": 1, "optimizer": {}}
+    values = {**asdict(method), "description": ""}
+    return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 
 def _share(ramp: Ramp, place: float) -> float:

@@ -11,7 +11,7 @@ import polars as pl
 import torch
 
 from csm import storage, tables
-from csm.classifiers import Classifier, ClassifierSpec, build_classifier
+from csm.classifiers import Classifier, ClassifierSpec, build_classifier, build_ensemble, load_classifier, mean_log_probs
 from csm.datasets import RealDataset
 from csm.errors import InputError
 from csm.locations import Location, listing, local
@@ -47,6 +47,7 @@ class RunSpec:
         settings, optimizer: how to train.
         mixed: for methods with a mixed term.
         fingerprint: of everything that the result depends on; a finished run with the same one is not trained again.
+        members: of a deep ensemble, its classifiers: runs of their own, from which it is made.
     """
 
     run: str
@@ -60,6 +61,12 @@ class RunSpec:
     optimizer: OptimizerConfig
     mixed: MixedSource | None
     fingerprint: str
+    members: tuple["RunSpec", ...] = ()
+
+    @property
+    def singles(self) -> tuple["RunSpec", ...]:
+        """What is trained for it: its members, or itself."""
+        return self.members or (self,)
 
 
 def is_finished(spec: RunSpec) -> bool:
@@ -80,7 +87,8 @@ def fit_run(
     """Train the classifier of ``spec`` and write ``model.*``, ``predictions.parquet``, ``history.json`` and ``run.json``.
 
     An unfinished run goes on from ``state.pt``; a finished one returns at once. On a CPU the result depends on the spec, the files it
-    names and torch's number of threads only. Rank 0 alone reads the state and writes files.
+    names and torch's number of threads only. Rank 0 alone reads the state and writes files. Of an ensemble first the members are trained,
+    one after the other; it has no history of its own.
 
     Args:
         spec: what to train.
@@ -93,6 +101,12 @@ def fit_run(
         InputError: on every rank alike: a file is missing or damaged, or the stream is.
         FloatingPointError: the loss is not finite; on every rank alike.
     """
+    if spec.members:
+        for member in spec.members:
+            fit_run(member, on_epoch, device, world, stream, on_state)
+        if world.rank == 0 and not is_finished(spec):
+            _pool(spec)
+        return
     # Asked of rank 0 alone: a network file system may show another node an older state of the folder.
     if from_first(together(lambda: world.rank == 0 and is_finished(spec), world), world):
         return
@@ -158,18 +172,38 @@ def fit_run(
         predictions(spec.run, classifier, data), spec.directory / "predictions.parquet", tables.predictions(data.info.n_classes)
     )
     storage.write_json(spec.directory / "history.json", history)
-    summary = {
+    _write_record(spec, spent + time.monotonic() - started, world.size)
+    state_path.unlink(missing_ok=True)
+
+
+def _pool(spec: RunSpec) -> None:
+    """Write the files of an ensemble whose members are finished: their networks as one model, the log of their mean probabilities."""
+    (spec.directory / "run.json").unlink(missing_ok=True)
+    schema = tables.predictions(RealDataset.load_info(spec.data).n_classes)
+    frames = [tables.read(member.directory / "predictions.parquet", schema) for member in spec.members]
+    pooled = mean_log_probs(torch.stack([torch.from_numpy(frame["logits"].to_numpy().copy()).double() for frame in frames]))
+    logits = pl.Series("logits", pooled.float().numpy(), dtype=schema["logits"])
+    build_ensemble([load_classifier(member.directory) for member in spec.members]).save(spec.directory)
+    tables.write(frames[0].with_columns(pl.lit(spec.run).alias("run"), logits), spec.directory / "predictions.parquet", schema)
+    records = [storage.read_json(member.directory / "run.json") for member in spec.members]
+    members = [{name: record[name] for name in ("run", "seed", "fingerprint", "seconds")} for record in records]
+    _write_record(spec, sum(record["seconds"] for record in records), records[0]["devices"], members=members)
+
+
+def _write_record(spec: RunSpec, seconds: float, devices: int, **more: Any) -> None:
+    """Write ``run.json``, which says that all other files are there."""
+    record = {
         "run": spec.run,
         "method": spec.method,
         "seed": spec.seed,
         "fingerprint": spec.fingerprint,
-        "seconds": round(spent + time.monotonic() - started, 3),
-        "devices": world.size,
+        "seconds": round(seconds, 3),
+        "devices": devices,
         "settings": asdict(spec.settings),
         "optimizer": asdict(spec.optimizer),
+        **more,
     }
-    storage.write_json(spec.directory / "run.json", summary)
-    state_path.unlink(missing_ok=True)
+    storage.write_json(spec.directory / "run.json", record)
 
 
 def new_classifier(spec: RunSpec, data: RealDataset) -> Classifier:

@@ -70,11 +70,13 @@ class TeacherConfig:
         network: a key of ``NETWORKS``; None: that of ``train``.
         parameters: of the network; None: those of ``train``, or none for another network.
         optimizer: the whole section; None: that of ``train``.
+        models: folders of finished classifiers, or globs of such folders, which are the members in place of ones that are trained here.
     """
 
     network: str | None = None
     parameters: dict[str, Any] | None = None
     optimizer: OptimizerConfig | None = None
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -86,7 +88,7 @@ class AnnotateConfig:
             real validation images.
         annotators, encoders: by name.
         candidates: of "auto".
-        members: number of classifiers of the teacher; the first is also the encoder ``classifier``.
+        members: number of classifiers that are trained for the teacher; the first is also the encoder ``classifier``.
         teacher: how they are trained.
         top: of each mixed image only so many of its most probable classes are stored; none: all of up to 100 classes, an eighth of more.
     """

@@ -130,6 +130,11 @@ class Workspace:
         """Folder of one classifier of the teacher; member 0 is also the encoder ``classifier``."""
         return self.root / "annotators" / "members" / f"{number:02d}"
 
+    @property
+    def teacher_models(self) -> Path:
+        """Folder of the classifiers that were taken for the teacher's, in place of those that are trained here."""
+        return self.root / "annotators" / "members" / "models"
+
     def encoder(self, name: str) -> Path:
         """Folder of what an encoder says of the real images, and of what was fitted of it."""
         return self.root / "annotators" / "encoders" / name

@@ -60,7 +60,7 @@ def loads(config: Config, info: DatasetInfo) -> list[Load]:
     stages, found = verb_stages("run", config), [_train(config, info)]
     if "generator" in stages and not config.generator.path and config.generator.kind in ("auto", "unet"):
         found.append(_fit_generator(config))
-    if "fit-teacher" in stages:
+    if "fit-teacher" in stages and not config.annotate.teacher.models:
         found.append(_teacher(config, info))
     if "mix" in stages:
         found += [_fit_annotators(config, info), *_mixing(config, info)]
@@ -68,7 +68,7 @@ def loads(config: Config, info: DatasetInfo) -> list[Load]:
 
 
 def training_images(method: Method, optimizer: OptimizerConfig, counts: Mapping[str, int]) -> float:
-    """Images of one training: those of every step, and a third of what is measured after every epoch and at the end."""
+    """Images of one training, or of one member's: those of every step, and a third of what is measured after every epoch and at the end."""
     per_epoch = max(1, counts["train"] // optimizer.batch_size) * optimizer.batch_size
     real = 2 if method.mixing and not PIXEL_MIXING[method.mixing.kind].replaces else 1
     seen, term = 0, method.mixed
@@ -80,10 +80,14 @@ def training_images(method: Method, optimizer: OptimizerConfig, counts: Mapping[
 
 
 def _train(config: Config, info: DatasetInfo) -> Load:
-    train = config.train
-    each = [training_images(method, train.optimizer, info.counts) for method in train.chosen.values()]
-    what = f"{len(each) * train.seeds:,} classifiers, {train.optimizer.epochs:,} epochs"
-    return _of_group("train", config.resources.train, train.seeds * sum(each), max(each), what, train.workers)
+    train, methods = config.train, config.train.chosen.values()
+    optimizers = [train.optimizer_of(method) for method in methods]
+    each = [training_images(method, optimizer, info.counts) for method, optimizer in zip(methods, optimizers, strict=True)]
+    all_members = sum(method.members * images for method, images in zip(methods, each, strict=True))
+    epochs = sorted({optimizer.epochs for optimizer in optimizers})
+    count = train.seeds * sum(method.members for method in methods)
+    what = f"{count:,} classifiers, {' or '.join(f'{number:,}' for number in epochs)} epochs"
+    return _of_group("train", config.resources.train, train.seeds * all_members, max(each), what, train.workers)
 
 
 def _teacher(config: Config, info: DatasetInfo) -> Load:

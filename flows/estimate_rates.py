@@ -28,6 +28,7 @@ from flows.estimate_loads import Load, training_images
 from flows.fit_annotators import annotators
 from flows.folders import absolute_folders
 from flows.methods import TrainConfig, teacher_training
+from flows.teacher_models import find_models, taken_models
 
 SOURCES = ("given", "recorded", "measured", "unknown")
 LENGTH_ONLY = ("steps", "seed", "learning_rate", "ema_halflife", "p_mean", "p_std", "flip", "checkpoint_steps")  # of a generator
@@ -96,9 +97,12 @@ def _measurements(workspace: Workspace, config: Config, load: Load, device: str,
         yield partial(training_rate, _spec(train, info), info, train.optimizer, device, seconds)
     else:
         for name in config.annotate.encoders_of(config.annotators):
-            encoder, members = config.annotate.encoders[name], config.annotate.members
-            settings = absolute_folders(encoder.parameters)
-            yield partial(encoding_rate, source, encoder.kind, settings, _spec(teacher, info), members, device, seconds)
+            encoder, models = config.annotate.encoders[name], config.annotate.teacher.models
+            settings, member, members = absolute_folders(encoder.parameters), _spec(teacher, info), config.annotate.members
+            if models:
+                folders = taken_models(workspace) or find_models(models)
+                member, members = storage.read_record(folders[0] / "model.json", ClassifierSpec), len(folders)
+            yield partial(encoding_rate, source, encoder.kind, settings, member, members, device, seconds)
 
 
 def _spec(train: TrainConfig, info: DatasetInfo) -> ClassifierSpec:
@@ -149,7 +153,7 @@ def _runs_record(folders: list[Path], train: TrainConfig, info: DatasetInfo) -> 
         run = storage.read_record(folder / "run.json", _Run)
         wanted = (train.network, train.parameters, train.optimizer.precision, train.optimizer.compile)
         if (spec.network, spec.parameters, run.optimizer.precision, run.optimizer.compile) == wanted:
-            images += training_images(run.settings, run.optimizer, info.counts)
+            images += run.settings.members * training_images(run.settings, run.optimizer, info.counts)
             seconds += run.seconds * run.devices
     return (images, seconds, "") if images else None
 

@@ -73,13 +73,32 @@ def compared(config: Config) -> list[Method]:
 
 
 def training_cost(workspace: Workspace, config: Config) -> dict[str, float]:
-    """Device-seconds that training one classifier of each method took, mean over seeds: GPUs if the workers have any, else CPU cores."""
-    devices = config.train.workers * (config.resources.train.gpus or config.resources.train.cpus)
-    costs = {}
-    for name in config.train.chosen:
-        records = [storage.read_json(workspace.run(f"{name}-seed{seed}") / "run.json") for seed in range(config.train.seeds)]
-        costs[name] = devices * sum(record["seconds"] for record in records) / len(records)
-    return costs
+    """Device-seconds that one training by each method took, of an ensemble all its members', mean over seeds: GPUs if the workers have
+    any, else CPU cores.
+    """
+    return {
+        name: _devices(config) * sum(record["seconds"] for record in records) / len(records)
+        for name, records in _run_records(workspace, config).items()
+    }
+
+
+def training_spent(workspace: Workspace, config: Config) -> float:
+    """Device-seconds of all trainings; one that two methods share counts once."""
+    records = [record for of_method in _run_records(workspace, config).values() for record in of_method]
+    singles = {single["fingerprint"]: single["seconds"] for record in records for single in record.get("members", [record])}
+    return _devices(config) * float(sum(singles.values()))
+
+
+def _run_records(workspace: Workspace, config: Config) -> dict[str, list[dict[str, Any]]]:
+    """Of each method the ``run.json`` of its seeds."""
+    return {
+        name: [storage.read_json(workspace.run(f"{name}-seed{seed}") / "run.json") for seed in range(config.train.seeds)]
+        for name in config.train.chosen
+    }
+
+
+def _devices(config: Config) -> float:
+    return config.train.workers * (config.resources.train.gpus or config.resources.train.cpus)
 
 
 def device(config: Config) -> str:

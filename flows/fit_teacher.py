@@ -1,4 +1,4 @@
-"""fit-teacher: the classifiers that annotators and pair policies ask, trained on real images alone."""
+"""fit-teacher: the classifiers that annotators and pair policies ask, trained on real images alone, or taken from elsewhere."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,9 @@ from flows.config import Config
 from flows.folders import absolute_folders
 from flows.methods import teacher_training
 from flows.networks import check_training, network_settings
+from flows.reuse import stale
 from flows.stages import Context, Made, Stage
+from flows.teacher_models import FILES, changed_models, check_models, find_models, take_models, taken_models
 from flows.training import fit_runs
 
 TEACHER = Method(description="Member of the teacher: cross-entropy on real images")
@@ -22,11 +24,17 @@ TEACHER_SEED = 1000  # members must not be the classifiers of the comparison: th
 
 
 def members(workspace: Workspace, config: Config) -> tuple[Path, ...]:
-    """Folders of the teacher's classifiers."""
+    """Folders of the teacher's classifiers; of those that are taken from elsewhere none before they were."""
+    if config.annotate.teacher.models:
+        return taken_models(workspace)
     return tuple(workspace.teacher_member(number).absolute() for number in range(config.annotate.members))
 
 
 def _run(context: Context, record: StageRecord) -> Made:
+    if models := context.config.annotate.teacher.models:
+        folders = find_models(models)
+        check_models(folders, RealDataset.load_info(context.workspace.root))
+        return Made(len(folders), take_models(context.workspace, folders))
     specs = [_member(context, number) for number in range(context.config.annotate.members)]
     fit_runs(context, specs, record.name, "annotator")
     return Made(len(specs), storage.digest(*(storage.file_digest(spec.directory / "model.safetensors") for spec in specs)))
@@ -53,6 +61,8 @@ def _member(context: Context, number: int) -> RunSpec:
 
 
 def _settings(config: Config) -> dict[str, Any]:
+    if models := config.annotate.teacher.models:
+        return {"annotate": {"teacher": {"models": list(models)}}}
     train = teacher_training(config.train, config.annotate)
     settings = {"network": train.network, "parameters": network_settings(train), "optimizer": asdict(train.optimizer)}
     return {"annotate": {"members": config.annotate.members}, "train": settings}
@@ -60,8 +70,26 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _check(context: Context) -> None:
     train, annotate = context.config.train, context.config.annotate
+    if annotate.teacher.models:
+        if stale(context, "fit-teacher"):  # else they were copied, and may be gone
+            folders = find_models(annotate.teacher.models)
+            if context.workspace.dataset.is_file():
+                check_models(folders, RealDataset.load_info(context.workspace.root))
+        return
     where = "train" if annotate.teacher == TeacherConfig() else "annotate.teacher"
     check_training(context, teacher_training(train, annotate), where)
+
+
+def _outputs(workspace: Workspace, config: Config) -> list[Path]:
+    folders = members(workspace, config)
+    if config.annotate.teacher.models:
+        return [workspace.teacher_models / "models.json", *(folder / name for folder in folders for name in FILES)]
+    return [folder / "run.json" for folder in folders]
+
+
+def _changed(context: Context) -> str | None:
+    models = context.config.annotate.teacher.models
+    return changed_models(context.workspace, models) if models else None
 
 
 STAGE = Stage(
@@ -70,7 +98,8 @@ STAGE = Stage(
     code_version=1,
     inputs=("prepare",),
     settings=_settings,
-    outputs=lambda workspace, config: [member / "run.json" for member in members(workspace, config)],
+    outputs=_outputs,
+    changed=_changed,
     check=_check,
     run=_run,
     incremental=True,

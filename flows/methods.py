@@ -1,9 +1,9 @@
 """The methods of a comparison: what the configuration says of them, checked against the registries."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from csm.classifiers import NETWORKS
@@ -15,6 +15,7 @@ from csm.parameters import check_name, check_parameters
 from csm.pixel_mixing import build_pixel_mixing
 from csm.schedules import SCHEDULES
 from flows.annotators import AnnotateConfig, check_asked, check_folder_name
+from flows.config_errors import explain
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -30,7 +31,7 @@ class TrainConfig:
     compare: tuple[str, ...] = ()
     loss: str | None = None
     workers: int = Field(default=1, ge=1)
-    seeds: int = Field(default=3, ge=1)
+    seeds: int = Field(default=3, ge=1, le=1000)  # from 1000 on they are the teacher's, see flows/fit_teacher.py
     network: str = "small-cnn"
     parameters: dict[str, Any] = Field(default_factory=dict)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
@@ -40,6 +41,10 @@ class TrainConfig:
         if self.loss is not None:
             return {self.loss: self.methods.get(self.loss, Method(description=f"Loss {self.loss}", loss=self.loss))}
         return {name: self.methods[name] for name in self.compare or self.methods}
+
+    def optimizer_of(self, method: Method) -> OptimizerConfig:
+        """How ``method`` is trained: as all are, but for what it says itself."""
+        return OptimizerConfig(**{**asdict(self.optimizer), **method.optimizer}) if method.optimizer else self.optimizer
 
 
 def teacher_training(train: TrainConfig, annotate: AnnotateConfig) -> TrainConfig:
@@ -53,6 +58,9 @@ def teacher_training(train: TrainConfig, annotate: AnnotateConfig) -> TrainConfi
 
 def check_teacher(train: TrainConfig, annotate: AnnotateConfig) -> AnnotateConfig:
     """``annotate`` with the teacher's parameters in their types; ``InputError`` names the key that cannot be used."""
+    for key in ("network", "parameters", "optimizer"):
+        if annotate.teacher.models and getattr(annotate.teacher, key) is not None:
+            raise InputError(f"annotate.teacher.{key}: annotate.teacher.models are trained already; leave one of the two out")
     training = teacher_training(train, annotate)
     parameters = _check_network(training, "annotate.teacher")
     if annotate.teacher.optimizer:
@@ -75,9 +83,9 @@ def check_train(train: TrainConfig, annotate: AnnotateConfig) -> TrainConfig:
     if twice:
         raise InputError(f"train.compare: {twice[0]!r} is named more than once")
     _check_optimizer(train, "train.optimizer")
-    _check_epochs(train)
     for name, method in (train.methods | train.chosen).items():
         _check_method(train, name, method, annotate)
+    _check_epochs(train)
     return replace(train, parameters=parameters)
 
 
@@ -109,8 +117,10 @@ def _check_optimizer(train: TrainConfig, where: str) -> None:
 
 def _check_epochs(train: TrainConfig) -> None:
     """Epochs at which mixed images start or end, against those of the training."""
-    epochs = train.optimizer.epochs
-    for name, term in ((name, method.mixed) for name, method in train.chosen.items() if method.mixed):
+    for name, method in train.chosen.items():
+        term, epochs = method.mixed, train.optimizer_of(method).epochs
+        if term is None:
+            continue
         if term.warm_start >= epochs:
             raise InputError(
                 f"train.methods.{name}.mixed.warm_start: expected fewer than the {epochs} epochs of the training, got {term.warm_start}"
@@ -126,6 +136,13 @@ def _check_method(train: TrainConfig, name: str, method: Method, annotate: Annot
     where = f"train.methods.{name}"
     check_folder_name(where, name)  # of its classifiers
     build_loss(HARD, method.loss, dict(method.parameters), where + (".parameters" if method.loss in HARD else ".loss"))
+    if method.optimizer:
+        try:
+            own = train.optimizer_of(method)
+        except ValidationError as error:
+            raise InputError(explain(error.errors(), OptimizerConfig, f"{where}.optimizer")) from None
+        if name in train.chosen:
+            _check_optimizer(replace(train, optimizer=own), f"{where}.optimizer")
     if method.mixing:
         build_pixel_mixing(method.mixing.kind, method.mixing.parameters, f"{where}.mixing")
     if method.mixed:

@@ -1,5 +1,6 @@
 """The network of the classifiers, whose settings may name a folder."""
 
+from dataclasses import replace
 from typing import Any
 
 from csm import storage
@@ -19,7 +20,11 @@ def network_settings(train: TrainConfig) -> dict[str, Any]:
 
 def check_train(context: Context) -> None:
     """``check_training`` of the classifiers that are compared."""
-    check_training(context, context.config.train, "train")
+    train = context.config.train
+    check_training(context, train, "train")
+    for name, method in train.chosen.items():
+        if method.optimizer:
+            check_training(context, replace(train, optimizer=train.optimizer_of(method)), f"train.methods.{name}")
 
 
 def check_training(context: Context, train: TrainConfig, where: str) -> None:

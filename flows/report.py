@@ -38,7 +38,6 @@ def _run(context: Context, record: StageRecord) -> Made:
     data = RealDataset.load(workspace.root)
     info = data.info
     metrics = tables.read(workspace.metrics, tables.METRICS)
-    cost = training_cost(workspace, config)
     page = reporting.render(
         reporting.Report(
             title=f"{config.name}: {info.name}",
@@ -47,12 +46,12 @@ def _run(context: Context, record: StageRecord) -> Made:
             machine=machine(),
             config_yaml=context.resolved.to_yaml(),
             dataset=reporting.Dataset(info.name, info.class_names, info.counts, info.shape),
-            stages=_stages(context, device_seconds(workspace, config, cost)),
+            stages=_stages(context, device_seconds(workspace, config)),
             methods=compared(config),
             metrics=metrics,
             comparison=tables.read(workspace.comparison, tables.COMPARISON),
             shift_metrics=shift_metrics(workspace, config),
-            cost=cost,
+            cost=training_cost(workspace, config),
             device=device(config),
             reliability=_reliability(context, metrics, info.n_classes),
             annotators=read_annotators(workspace, config, info.n_classes) if config.mixes else [],

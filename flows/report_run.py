@@ -19,6 +19,7 @@ from csm import __version__, storage
 from csm.calibrated import CalibratedSpec
 from flows.artifacts import Workspace
 from flows.config import Config
+from flows.evaluate import training_spent
 from flows.fit_annotators import annotators
 
 PACKAGES = ("torch", "ray", "mlflow", "diffusers", "polars", "numpy")
@@ -58,9 +59,9 @@ def machine() -> str:
     )
 
 
-def device_seconds(workspace: Workspace, config: Config, training: Mapping[str, float]) -> dict[str, float]:
-    """Stage -> seconds that its workers were busy, times their devices; ``training``: of one classifier of each method."""
-    found = {"train": config.train.seeds * sum(training.values())}
+def device_seconds(workspace: Workspace, config: Config) -> dict[str, float]:
+    """Stage -> seconds that its workers were busy, times their devices."""
+    found = {"train": training_spent(workspace, config)}
     if config.mixes and workspace.plan.is_file():
         receipts, shards = read_receipts(workspace.root), plan_shards(workspace.plan)
         found["mix"] = spent(receipts, "mixed", shards)

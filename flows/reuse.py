@@ -108,8 +108,10 @@ def stale(context: Context, name: str) -> str | None:
     else:
         missing = next((path for path in stage.outputs(context.workspace, context.config) if not _is_whole(path)), None)
     if missing is None:
-        context.whole.add(looked_at)
-        return None
+        changed = stage.changed(context)
+        if changed is None:
+            context.whole.add(looked_at)
+        return changed
     return f"{'has a damaged' if missing.exists() else 'lacks'} {missing}"
 
 

@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from csm import storage, tables
 from csm.errors import InputError
 from csm.locations import location
+from csm.methods import Method
 from flows.artifacts import differences
 from flows.sweep_records import SweepFolder
 from flows.tracking import flatten
@@ -114,7 +116,11 @@ def _of_runs(name: str, workspace: Path, records: Mapping[Path, Mapping[str, Any
 
 def _settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     model = storage.read_json(folder / "model.json")
-    method = {name: value for name, value in record["settings"].items() if name != "description"}
+    try:
+        settings = asdict(TypeAdapter(Method).validate_python(record["settings"]))  # with what was no setting yet at that time
+    except ValidationError:
+        settings = record["settings"]  # of a version that has others
+    method = {name: value for name, value in settings.items() if name != "description"}
     network = {"network": model["network"], "network_parameters": model["parameters"]}
     return flatten({"method": record["method"], **network, **method, "optimizer": record["optimizer"]})
 

@@ -52,6 +52,8 @@ class Stage:
         outputs: files and folders that it writes; all of it exists when the stage is done.
         missing: the first file of its result, made under a record, that is not there as it was made; None if all are. Default: looks
             at ``outputs``. Asked once a command.
+        changed: why the result is out of date though settings and inputs are the same, as in "depends on it, which ..."; None if it is
+            not. Asked once a command, of what is there.
         check: look at what the user gave before anything is written or removed; raises ``InputError``.
         run: do the work; called with the stage's record and again after an interruption.
         costly: what it made is never replaced without --force.
@@ -73,6 +75,7 @@ class Stage:
     more_inputs: Callable[[Config], tuple[str, ...]] = lambda config: ()
     also_reads: Callable[[Workspace], list[Path]] = lambda workspace: []
     missing: Callable[["Context", StageRecord], Path | None] | None = None
+    changed: Callable[["Context"], str | None] = lambda context: None
 
     def reads(self, config: Config) -> tuple[str, ...]:
         """Names of the stages whose results it reads under ``config``."""

@@ -270,7 +270,8 @@ class Trials:
     def _race(self) -> Race:
         config, scheduler = self.context.config, self.context.config.tune.scheduler
         corners = config.tune.search_space.corners() if scheduler.kind != "none" else ()
-        epochs = [trial_config(config, values).train.optimizer.epochs for _, values in corners]
+        trains = [trial_config(config, values).train for _, values in corners]
+        epochs = [train.optimizer_of(method).epochs for train in trains for method in train.chosen.values()]
         metric = config.tune.scheduler_metric
         return Race(
             kind=scheduler.kind,

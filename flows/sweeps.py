@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from csm.errors import InputError
+from csm.methods import Method
 from csm.metrics import METRICS
 from csm.parameters import check_name
 from csm.posthoc import POSTHOC
@@ -88,6 +89,8 @@ def check_tune(config: "Config") -> None:
     """``InputError`` names what of the section cannot be used; each choice and each end of a range is tried on the whole configuration."""
     tune = config.tune
     check_name("tune.method", tune.method, config.train.methods)
+    if "method" not in tune.search_space.keys:
+        _check_single(f"tune.method {tune.method}", config.train.methods[tune.method])
     if not tune.objectives:
         raise InputError("tune.objectives: empty; name what is to be good, for example [nll]")
     for name in tune.objectives:
@@ -128,7 +131,18 @@ def trial_config(config: "Config", values: Mapping[str, Any]) -> "Config":
     Raises:
         InputError: the values do not fit together, or the rest of the configuration.
     """
-    return _with(config, values, {"train.compare": [_method(config, values)], "train.seeds": config.tune.seeds})
+    trial = _with(config, values, {"train.compare": [_method(config, values)], "train.seeds": config.tune.seeds})
+    for name, method in trial.train.chosen.items():
+        _check_single(f"train.methods.{name}.members", method)
+    return trial
+
+
+def _check_single(where: str, method: Method) -> None:
+    if method.members > 1:
+        raise InputError(
+            f"{where}: a trial trains one classifier for each seed, not an ensemble of {method.members}: tune with members 1, and give "
+            "the best of the trials its members"
+        )
 
 
 def best_config(config: "Config", values: Mapping[str, Any]) -> "Config":
@@ -149,9 +163,14 @@ def _with(config: "Config", values: Mapping[str, Any], more: Mapping[str, Any]) 
         raise InputError(
             f"{mixed}: {_method(config, values)} trains on no mixed images; leave it out, or take a method that does"
         )
-    teacher = teacher_training(config.train, config.annotate)
-    pinned = {"network": teacher.network, "parameters": teacher.parameters, "optimizer": asdict(teacher.optimizer)}
-    before = {f"annotate.teacher.{name}": value for name, value in pinned.items()}
+    own = config.train.methods[_method(config, values)].optimizer
+    for name in own:
+        if f"train.optimizer.{name}" in settings:
+            raise InputError(f"train.optimizer.{name}: {_method(config, values)} has its own; write method.optimizer.{name}")
+    teacher, before = teacher_training(config.train, config.annotate), dict[str, Any]()
+    if not config.annotate.teacher.models:
+        pinned = {"network": teacher.network, "parameters": teacher.parameters, "optimizer": asdict(teacher.optimizer)}
+        before = {f"annotate.teacher.{name}": value for name, value in pinned.items()}
     for key, value in settings.items():
         section, _, name = key.rpartition(".")
         if name in SELECTORS and value != config.value(key):

@@ -1,6 +1,7 @@
 """Networks by name: each is called as ``(channels, n_classes, **parameters)``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from csm import storage
 from csm.classifiers.classifier import Classifier, ClassifierSpec, in_batches, load_weights
 from csm.classifiers.densenet import densenet121
+from csm.classifiers.ensemble import NetworkEnsemble, mean_log_probs
 from csm.classifiers.resnet import resnet18, resnet50, resnet101
 from csm.classifiers.small_cnn import SmallCNN
 from csm.classifiers.transformers import TransformersClassifier, check_transformers
@@ -29,11 +31,19 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_classifier(spec: ClassifierSpec) -> Classifier:
-    """Return a classifier with new weights, drawn from torch's global generator."""
+    """Return a classifier with new weights, drawn from torch's global generator; that of an ensemble is made of as many networks."""
     if spec.network not in NETWORKS:
         raise InputError(f"train.network: unknown {spec.network!r}; one of {', '.join(NETWORKS)}")
-    network = NETWORKS[spec.network](spec.channels, len(spec.class_names), **spec.parameters)
-    return Classifier(network, network.complete(spec) if isinstance(network, TransformersClassifier) else spec)
+    networks = [NETWORKS[spec.network](spec.channels, len(spec.class_names), **spec.parameters) for _ in range(spec.members)]
+    network = networks[0]
+    complete = network.complete(spec) if isinstance(network, TransformersClassifier) else spec
+    return Classifier(network if spec.members == 1 else NetworkEnsemble(networks), complete)
+
+
+def build_ensemble(members: Sequence[Classifier]) -> Classifier:
+    """The deep ensemble of ``members``, which have one spec, in evaluation mode; its networks are theirs."""
+    networks = [member.network for member in members]
+    return Classifier(NetworkEnsemble(networks), replace(members[0].spec, members=len(networks))).eval()
 
 
 def check_network(
@@ -74,8 +84,10 @@ __all__ = [
     "Classifier",
     "ClassifierSpec",
     "build_classifier",
+    "build_ensemble",
     "check_network",
     "in_batches",
     "load_classifier",
     "load_weights",
+    "mean_log_probs",
 ]

@@ -21,7 +21,10 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class ClassifierSpec:
-    """Everything but the weights: enough to build the classifier again (``model.json``)."""
+    """Everything but the weights: enough to build the classifier again (``model.json``).
+
+    ``members``: networks whose probabilities are averaged; what was saved before there were ensembles has one.
+    """
 
     network: str
     parameters: dict[str, Any]
@@ -29,6 +32,7 @@ class ClassifierSpec:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    members: int = 1
 
 
 class Classifier(nn.Module):

@@ -1,13 +1,12 @@
 """Classifiers trained on the real images as encoders: their penultimate layer, or what they say of the classes."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from csm.classifiers import Classifier, in_batches, load_classifier
+from csm.classifiers import Classifier, in_batches, load_classifier, mean_log_probs
 from csm.encoders.sources import Sources
 from csm.errors import InputError
 
@@ -38,8 +37,7 @@ class Teacher(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         views = [shift(images, rows, columns) for rows, columns in SHIFTS[: self.views]]
-        votes = torch.stack([_small_on_cpus(member, view).log_softmax(dim=1) for view in views for member in self.members])
-        return votes.logsumexp(dim=0) - math.log(len(votes))
+        return mean_log_probs(torch.stack([_small_on_cpus(member, view) for view in views for member in self.members]))
 
 
 def shift(images: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -24,8 +24,10 @@ AFTER = ("ece", "nll")
 # --methods NAME; the baseline, cross-entropy, is a loss, and what mixing is compared with
 GROUPS: dict[str, Callable[[str, Method], bool]] = {
     "all": lambda name, method: True,
-    "losses": lambda name, method: method.mixing is None and method.mixed is None,
-    "mixing": lambda name, method: method.mixing is not None or method.mixed is not None or name == "cross-entropy",
+    "losses": lambda name, method: method.mixing is None and method.mixed is None and method.members == 1,
+    "mixing": lambda name, method: (
+        ((method.mixing is not None or method.mixed is not None) and method.members == 1) or name == "cross-entropy"
+    ),
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from csm.calibrated import calibrated, load_calibrated
-from csm.classifiers import ClassifierSpec, build_classifier
+from csm.classifiers import ClassifierSpec, build_classifier, build_ensemble
 from csm.errors import InputError
 from csm.posthoc import Posthoc
 
@@ -89,3 +89,15 @@ def test_a_folder_that_is_none(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps({**record, "posthoc": {"values": {}}}))
     with pytest.raises(InputError, match=r"is not a CalibratedSpec \(posthoc\.name"):
         load_calibrated(tmp_path)
+
+
+def test_an_ensemble_is_pooled_and_then_calibrated(tmp_path):
+    torch.manual_seed(3)
+    members, batch = [build_classifier(SPEC).eval() for _ in range(3)], images(5)
+    model = calibrated(build_ensemble(members), (8, 6, 3), COOLED, {})
+    with torch.no_grad():
+        mean = sum(member(batch.permute(0, 3, 1, 2)).double().softmax(dim=1) for member in members) / 3
+    expected = mean**2 / (mean**2).sum(dim=1, keepdim=True)  # T = 0.5
+    torch.testing.assert_close(model.predict(batch).double(), expected, atol=1e-6, rtol=0)
+    model.save(tmp_path)
+    assert torch.equal(load_calibrated(tmp_path).predict(batch), model.predict(batch))

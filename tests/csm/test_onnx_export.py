@@ -17,13 +17,13 @@ from csm.posthoc import POSTHOC, fit_posthoc
 CLASSES = 4
 
 
-def make(network="small-cnn", posthoc="temperature", size=8):
+def make(network="small-cnn", posthoc="temperature", size=8, members=1):
     draw = torch.Generator().manual_seed(1)
     logits = torch.randn(200, CLASSES, generator=draw)
     labels = torch.multinomial((2 * logits).softmax(dim=1), 1, generator=draw).squeeze(1)
     torch.manual_seed(0)
     parameters = {"width": 4} if network == "small-cnn" else {}
-    spec = ClassifierSpec(network, parameters, 3, tuple("abcd"), (0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
+    spec = ClassifierSpec(network, parameters, 3, tuple("abcd"), (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), members)
     return calibrated(build_classifier(spec), (size, size, 3), fit_posthoc(posthoc, logits, labels), {})
 
 
@@ -51,6 +51,11 @@ def check(model, path, capfd):
 
 def test_onnxruntime_gives_what_torch_gives_for_batches_of_any_size(tmp_path, capfd):
     check(make(), tmp_path / "model.onnx", capfd)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_an_ensemble_is_one_file(tmp_path, capfd):
+    check(make(members=3), tmp_path / "model.onnx", capfd)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 

@@ -13,7 +13,9 @@ BUNDLED = sorted(set(config_names()) - {"default"})
 METHODS = {name: ["cross-entropy", "label-smoothing", "focal", "mixup", "paper", "csm"] for name in BUNDLED}
 METHODS |= {name: ["cross-entropy", "paper", "csm"] for name in ("cifar10", "cifar100", "tiny-imagenet")}
 METHODS["annotators"] = ["cross-entropy", *(f"csm-{name}" for name in load_config("annotators").annotators)]
-METHODS["digits-hard"] = list(load_config("digits-hard").train.methods)  # every one of the defaults
+METHODS["digits-hard"] = [  # every one of the defaults that trains one classifier
+    name for name, method in load_config("digits-hard").train.methods.items() if method.members == 1
+]
 METHODS["gaussians"] = [
     "cross-entropy",
     "paper",
@@ -135,6 +137,25 @@ def test_an_empty_file_is_the_defaults_under_its_name(text, config_file):
 def test_an_unknown_key_is_refused_with_those_that_are_allowed(override, allowed):
     message = refused("demo", override)
     assert message.startswith(f"{override.partition('=')[0]}: no such setting; allowed: {allowed}")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("train.epoch", "train.optimizer.epochs"),
+        ("train.epochs", "train.optimizer.epochs"),
+        ("epochs", "train.optimizer.epochs"),
+        ("optimizer", "train.optimizer"),
+        ("train.networks", "train.network"),
+        ("train.methods.csm.weight", "train.methods.csm.mixed.weight"),
+        ("train.methods.csm.mixed.wieght", "train.methods.csm.mixed.weight"),
+        ("mix.step", "mix.sampler.steps"),
+        ("annotate.teacher.epochs", "annotate.teacher.optimizer.epochs"),
+    ],
+)
+def test_an_unknown_key_is_met_with_the_one_that_was_meant_wherever_it_stands_below(key, meant):
+    message = refused("demo", f"{key}=3")
+    assert message.startswith(f"{key}: no such setting; did you mean {meant}? Allowed in its place: ")
 
 
 @pytest.mark.parametrize(

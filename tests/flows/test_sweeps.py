@@ -156,6 +156,16 @@ def test_the_best_can_be_written_down_and_run_again(mine, tmp_path, values: dict
     check_tune(again)  # it can be searched around
 
 
+def test_a_setting_that_the_method_has_of_its_own_is_searched_there() -> None:
+    own = "train.methods.csm.optimizer.learning_rate=0.05"
+    message = r"^tune.space.train.optimizer.learning_rate: csm has its own; write method.optimizer.learning_rate"
+    with pytest.raises(InputError, match=message):
+        check_tune(load_config("demo", [own]))
+    values = {"method.optimizer.learning_rate": 0.3, "method.mixed.weight": 2.0}
+    train = trial_config(load_config("demo", [own]), values).train
+    assert train.optimizer_of(train.methods["csm"]).learning_rate == 0.3
+
+
 def test_without_a_baseline_the_best_is_alone(mine) -> None:
     config = mine("tune: {space: {}}", "train.methods.cross-entropy=null", "train.compare=[csm]")
     assert list(best_config(config, {}).train.chosen) == ["csm"]
@@ -214,6 +224,14 @@ def test_a_bundled_sweep_does_not_stand_in_the_way_of_other_settings() -> None:
     [
         ("tune.nope=1", "tune.nope: no such setting; allowed: method, space, trials, search"),
         ("tune.method=nope", "tune.method: unknown 'nope'; one of cross-entropy"),
+        (
+            "tune.method=deep-ensemble",
+            "tune.method deep-ensemble: a trial trains one classifier for each seed, not an ensemble of 5: tune with members 1",
+        ),
+        (
+            "tune.space.method.members=[1, 3]",
+            "tune.space.method.members: a trial trains one classifier for each seed, not an ensemble of 3",
+        ),
         ("tune.search=nope", "tune.search: expected 'random', 'grid' or 'tpe', got 'nope'"),
         ("tune.search=grid", "tune.search: a grid has no end along train.optimizer.learning_rate, method.mixed.weight,"),
         ("tune.trials=0", "tune.trials: expected a number greater than or equal to 1, got 0"),

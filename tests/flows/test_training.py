@@ -17,7 +17,9 @@ from flows.stages import Losses
 def context(tmp_path):
     config = SimpleNamespace(resources=SimpleNamespace(train=None), train=SimpleNamespace(workers=2))
     workspace = SimpleNamespace(root=tmp_path)
-    return SimpleNamespace(losses={}, tracker=MagicMock(), connect=lambda: None, config=config, workspace=workspace)
+    return SimpleNamespace(
+        losses={}, forced=frozenset(), tracker=MagicMock(), connect=lambda: None, config=config, workspace=workspace
+    )
 
 
 def spec(name, tmp_path):
