@@ -16,14 +16,15 @@ from cluster.shards import Receipt, Written, finished_shards, part_path, read_pl
 from csm import storage, tables
 from csm.generators import Generator, load_generator
 from csm.generators.acceleration import accelerate
-from csm.mixing import start_mixing
+from csm.mixing import GENERATED, start_mixing
 from csm.precision import Precision
 from csm.sampling import SamplerConfig
+from csm.training_images import TrainingImages
 
 
 @dataclass(frozen=True)
 class MixJob:
-    """What a mixing actor needs; all paths are on storage that every node sees."""
+    """What a mixing actor needs; all paths are on storage that every node sees. ``real`` is the `real` table, for kinds that need it."""
 
     plan: Path
     generator: Path
@@ -37,6 +38,8 @@ class MixJob:
     device: str = "cpu"
     precision: Precision = "auto"
     compiled: bool = False
+    real: Path | None = None
+    strength: float = 1.0
 
 
 class MixShards(ShardWorker):
@@ -57,6 +60,10 @@ class MixShards(ShardWorker):
         job = self.job
         return accelerate(load_generator(job.generator), job.device, job.precision, job.compiled)
 
+    @cached_property
+    def real(self) -> TrainingImages | None:
+        return TrainingImages(self.job.real, self.job.shape) if self.job.real else None
+
     def work(self, shard: int) -> list[dict[str, Any]]:
         job = self.job
         if shard not in job.shards:
@@ -68,7 +75,10 @@ class MixShards(ShardWorker):
             return [make_receipt("mixed", shard, len(plan), written, job.key, 0.0)]
         with self._turn:
             started = time.monotonic()
-            finish = start_mixing(plan, self.generator, job.shape, job.sampler, job.batch_size, job.operator)
+            generator = self.generator if plan["kind"][0] in GENERATED else None
+            finish = start_mixing(
+                plan, generator, job.shape, job.sampler, job.batch_size, job.operator, self.real, job.strength
+            )
         frame = finish()
         done = time.monotonic()
         seconds, self._free = max(0.0, done - max(started, self._free)), done

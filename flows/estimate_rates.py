@@ -11,6 +11,7 @@ import yaml
 
 from cluster.ledger import read_receipts
 from cluster.rates import in_threads, on_worker
+from cluster.shards import plan_shards
 from csm import storage
 from csm.classifiers import ClassifierSpec
 from csm.datasets import DatasetInfo, RealDataset
@@ -21,10 +22,11 @@ from csm.optimization import OptimizerConfig
 from csm.planning import ratio_grid
 from csm.rates import Source, encoding_rate, fitting_rate, mixing_rate, training_rate
 from csm.sampling import SamplerConfig
+from csm.tables import KINDS
 from flows import generator
 from flows.artifacts import Workspace
 from flows.config import Config, plain
-from flows.estimate_loads import Load, training_images
+from flows.estimate_loads import Load, mixing_weights, training_images
 from flows.fit_annotators import annotators
 from flows.folders import absolute_folders
 from flows.methods import TrainConfig, teacher_training
@@ -165,16 +167,23 @@ def _teacher_record(workspace: Workspace, config: Config) -> Recorded:
 
 
 def _mix_record(workspace: Workspace, config: Config) -> Recorded:
-    """Mixing with another solver or operator is scaled by the network evaluations."""
+    """Mixing with another solver or operator is scaled by the network evaluations, and images of another kind are weighted by theirs."""
     record, made = workspace.record("mix"), workspace.record("generator")
-    found = _receipts(workspace).get("mixed")
-    if record is None or made is None or found is None or not _same_generator(workspace, config):
+    if record is None or made is None or not _same_generator(workspace, config):
         return None
     if record.inputs["generator"] != made.digest:
         return None
-    images, seconds = found
     before, ratios = record.settings["mix"], ratio_grid(config.plan).tolist()
-    was = evaluations_per_image(SamplerConfig(**before["sampler"]), before["operator"], ratios)
+    sampler = SamplerConfig(**before["sampler"])
+    weights = mixing_weights(KINDS, sampler, before["operator"], ratios)
+    kinds = KINDS if workspace.plan.is_file() else ()
+    weight = {shard: weights[kind] for kind in kinds for shard in plan_shards(workspace.plan, kind)}
+    receipts = [(receipt, weight.get(shard, 1.0)) for (part, shard), receipt in _last_receipts(workspace).items() if part == "mixed"]
+    images = sum(receipt["rows"] * share for receipt, share in receipts)
+    seconds = sum(receipt["seconds"] for receipt, share in receipts if share)
+    if not images:
+        return None
+    was = evaluations_per_image(sampler, before["operator"], ratios)
     now = evaluations_per_image(config.mix.sampler, config.mix.operator, ratios)
     return images, seconds * now / was, "" if now == was else f", scaled from {was:g} to {now:g} evaluations"
 
@@ -197,16 +206,21 @@ def _one_after_the_other(workspace: Workspace, parts: list[str]) -> Recorded:
 
 
 def _receipts(workspace: Workspace) -> dict[str, tuple[int, float]]:
-    """Part -> rows and seconds by the last receipt of each of its shards; those that say nothing of the time are left out."""
+    """Part -> rows and seconds of ``_last_receipts``."""
+    found: dict[str, tuple[int, float]] = {}
+    for (part, _), receipt in _last_receipts(workspace).items():
+        rows, seconds = found.get(part, (0, 0.0))
+        found[part] = rows + receipt["rows"], seconds + receipt["seconds"]
+    return found
+
+
+def _last_receipts(workspace: Workspace) -> dict[tuple[str, int], dict[str, Any]]:
+    """Part and shard -> its last receipt; those that say nothing of the time are left out."""
     last: dict[tuple[str, int], dict[str, Any]] = {}
     for receipt in read_receipts(workspace.root).iter_rows(named=True):
         if receipt["seconds"] > 0:
             last[receipt["part"], receipt["shard"]] = receipt
-    found: dict[str, tuple[int, float]] = {}
-    for (part, _), receipt in last.items():
-        rows, seconds = found.get(part, (0, 0.0))
-        found[part] = rows + receipt["rows"], seconds + receipt["seconds"]
-    return found
+    return last
 
 
 _RECORDED: dict[str, Callable[[Workspace, Config], Recorded]] = {

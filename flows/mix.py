@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cluster.attempts import Standing
 from cluster.ledger import finished_parts, open_ledger, part_bytes, read_receipts, spent
@@ -12,9 +13,10 @@ from cluster.shards import Receipt, part_path, plan_shards
 from csm.datasets import RealDataset
 from csm.generators import load_generator
 from csm.generators.conditioning import check_spherical
-from csm.mixing import evaluations_per_image
+from csm.mixing import NOISED, evaluations_per_image, starting_at
 from csm.planning import ratio_grid
 from flows.artifacts import StageRecord, Workspace
+from flows.config import Config
 from flows.progress import task
 from flows.reuse import stale
 from flows.stages import Context, Losses, Made, Stage
@@ -44,6 +46,8 @@ def _run(context: Context, record: StageRecord) -> Made:
         device="cuda" if config.resources.mix.gpus else "cpu",
         precision=config.mix.precision,
         compiled=config.mix.compile,
+        real=workspace.real.absolute(),
+        strength=config.mix.strength,
     )
     followers = annotate_jobs(context, record.fingerprint, todo) if stale(context, "fit-annotators") is None else []
     if todo:
@@ -53,7 +57,11 @@ def _run(context: Context, record: StageRecord) -> Made:
         )
         work = partial(process_shards, job, followers, config.resources.mix, config.resources.annotate)
         process(context, record, work, keys, {"mixed"}, "images", sum(rows.values()), sum(rows[shard] for shard in done), before)
-    per_image = evaluations_per_image(config.mix.sampler, config.mix.operator, ratio_grid(config.plan).tolist())
+    per_image = sum(
+        evaluations_per_image(config.mix.sampler, config.mix.operator, ratio_grid(config.plan).tolist(), kind)
+        * sum(plan_shards(workspace.plan, kind).values())
+        for kind in config.plan.kinds
+    ) / sum(rows.values())
     context.tracker.log_metrics(f"stage {record.name} {record.fingerprint}", {"evaluations_per_image": per_image})
     return Made(sum(rows.values()), record.fingerprint)
 
@@ -122,9 +130,22 @@ def remove_other_parts(directory: Path, files: Collection[str], rows: Collection
 
 
 def _check(context: Context) -> None:
-    """The generator must know the operator, which is known once it is there."""
-    if context.config.mix.operator == "slerp" and (context.workspace.generator / "generator.json").is_file():
-        check_spherical(load_generator(context.workspace.generator))
+    """The generator must know the operator and, for images that start from real ones, the noise level, which is known once it is there."""
+    config, workspace = context.config, context.workspace
+    is_spherical, is_noised = config.mix.operator == "slerp", NOISED in config.plan.kinds
+    if not (is_spherical or is_noised) or not (workspace.generator / "generator.json").is_file():
+        return
+    generator = load_generator(workspace.generator)
+    if is_spherical:
+        check_spherical(generator)
+    if is_noised:
+        starting_at(config.mix.strength, config.mix.sampler, generator, RealDataset.load_info(workspace.root).shape)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Those that the images depend on."""
+    mix = asdict(config.mix)
+    return {"mix": mix if NOISED in config.plan.kinds else {key: value for key, value in mix.items() if key != "strength"}}
 
 
 def missing_part(workspace: Workspace, part: str, directory: Path, key: str) -> Path | None:
@@ -138,7 +159,7 @@ STAGE = Stage(
     name="mix",
     code_version=2,
     inputs=("prepare", "generator", "plan"),
-    settings=lambda config: {"mix": asdict(config.mix)},
+    settings=_settings,
     outputs=lambda workspace, config: [workspace.mixed],
     missing=lambda context, record: missing_part(context.workspace, "mixed", context.workspace.mixed, record.fingerprint),
     check=_check,

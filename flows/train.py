@@ -34,6 +34,7 @@ def run_specs(context: Context) -> list[RunSpec]:
                     mixed=workspace.mixed.absolute(),
                     annotations=workspace.annotations(annotator).absolute(),
                     calibration=(workspace.annotator(annotator) / "calibration.json").absolute(),
+                    kind=method.mixed.images,
                 )
             settings = {**asdict(method), "description": ""}
             common = [train.network, network_settings(train), asdict(train.optimizer), train.workers, seed]

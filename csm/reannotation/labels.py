@@ -11,7 +11,7 @@ def soft_labels(plan: pl.DataFrame, annotations: pl.DataFrame, n_classes: int, c
     """Soft labels of annotated rows: columns mix_id and soft_label (Array(Float32, K), rows sum to 1).
 
     With a log-posterior: the calibrated posterior over all K classes, or, if ``calibration.pair``, its restriction to the pair.
-    Without: class_a gets the calibrated share, class_b the rest.
+    Without: class_a gets the calibrated share, class_b the rest. A pair of one class twice, as real images have it, leaves that class all.
 
     Raises:
         InputError: an annotation is no number or no distribution, only some rows of the annotator have a log-posterior, or the
@@ -25,10 +25,12 @@ def soft_labels(plan: pl.DataFrame, annotations: pl.DataFrame, n_classes: int, c
         raise InputError(f"annotations: log_posterior is null in {missing} of {len(rows)} rows; expected all or none")
     index = torch.arange(len(rows))
     class_a, class_b = (torch.tensor(rows[name].to_list(), dtype=torch.int64) for name in ("class_a", "class_b"))
+    is_one = class_a == class_b
     if missing == 0 and len(rows):
         log_posterior = apply_calibration(torch.from_numpy(rows["log_posterior"].to_numpy().copy()), calibration)
         labels = log_posterior.exp()
         odds = log_posterior[index, class_a] - log_posterior[index, class_b]  # nan if neither class has any mass
+        odds[is_one] = 0
         if labels.isnan().any() or (
             calibration.pair and odds.isnan().any()
         ):  # of NaN, of +inf, and of a row that is -inf throughout
@@ -45,5 +47,6 @@ def soft_labels(plan: pl.DataFrame, annotations: pl.DataFrame, n_classes: int, c
         labels.zero_()
         labels[index, class_a] = torch.sigmoid(odds)
         labels[index, class_b] = torch.sigmoid(-odds)
+        labels[index[is_one], class_a[is_one]] = 1
     column = pl.Series("soft_label", labels.float().numpy(), dtype=pl.Array(pl.Float32, n_classes))
     return rows.select("mix_id").with_columns(column)

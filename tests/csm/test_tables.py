@@ -7,6 +7,7 @@ import torch
 
 from csm import tables
 from csm.errors import InputError
+from csm.planning import PlanConfig, make_plan
 
 
 def real_frame(rows: int = 4) -> pl.DataFrame:
@@ -206,3 +207,13 @@ def test_no_rows_are_no_images() -> None:
 def test_a_wrong_number_of_bytes_is_refused(cells: list[bytes | None]) -> None:
     with pytest.raises(InputError, match=r"expected 6 per image for shape \(2, 1, 3\)"):
         tables.to_images(pl.Series("image", cells, dtype=pl.Binary), (2, 1, 3))
+
+
+def test_a_plan_of_a_version_without_kinds_is_of_mixtures(tmp_path: Path) -> None:
+    plan = make_plan(3, "data", "net", PlanConfig(ratios=3))
+    plan.drop("kind").write_parquet(tmp_path / "plan.parquet")
+    assert tables.read_plan(tmp_path / "plan.parquet").equals(plan)
+    assert tables.read_plan(tmp_path / "plan.parquet", "pixel").is_empty()
+    plan.drop("seed").write_parquet(tmp_path / "plan.parquet")
+    with pytest.raises(InputError, match=r"plan.parquet: expected columns \['mix_id'"):
+        tables.read_plan(tmp_path / "plan.parquet")

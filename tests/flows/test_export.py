@@ -62,7 +62,7 @@ def fit_generator(context, record):
 
 
 def plan(context, record):
-    frame = make_plan(3, record.inputs["prepare"], "generator", context.config.plan)
+    frame = make_plan(3, record.inputs["prepare"], "generator", context.config.plan, labels=np.array([0, 1, 2]))
     tables.write(frame, context.workspace.plan, tables.PLAN)
     return Made(len(frame), "plan")
 
@@ -244,7 +244,7 @@ def test_every_image_is_exported_once_with_its_own_label(call, made, form, annot
     assert result.pop("seconds") >= 0
     assert result == {
         "workspace": str(made), "output": str(tmp_path / "out"), "format": form, "annotator": annotator, "rows": 45,
-        "reused": False,
+        "kind": "semantic", "reused": False,
     }  # fmt: skip
 
 
@@ -522,3 +522,33 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(call, form, tmp_pa
 
 def undone(path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "done": False}))
+
+
+# Kinds.
+
+
+def test_only_mixtures_are_exported_unless_another_kind_is_asked_for(tmp_path, capsys, monkeypatch):
+    config = tmp_path / "pets.yaml"
+    config.write_text(load_config("digits", [*SETTINGS, "plan.kinds=[semantic, pixel, real]"]).to_yaml())
+    root = tmp_path / "w"
+    root.mkdir()
+    stages = {name: replace(STAGES[name], run=run, check=lambda context: None) for name, run in WORKERS.items()}
+    context = Context(load_config(str(config)), Workspace(root), stages, _tracker=NoTracker())
+    for name in stages:
+        run_stage(context, name)
+    planned = tables.read_plan(root / "plan.parquet")
+    for kind, count in [("semantic", 45), ("pixel", 45), ("real", 3)]:
+        output = tmp_path / kind
+        asked = ["export", "--config", config, "--workspace", root, "--format", "huggingface", "--output", output, "--json"]
+        arguments = [str(word) for word in [*asked, *(["--kind", kind] if kind != "semantic" else [])]]
+        monkeypatch.setattr(sys, "argv", ["csm", *arguments])
+        cli.main(arguments, standalone_mode=False)
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (result["kind"], result["rows"]) == (kind, count)
+        assert set(exported("huggingface", output)) == set(planned.filter(kind=kind)["mix_id"])
+        assert ("made by semantic mixing" in (output / "README.md").read_text()) == (kind == "semantic")
+    assert (tmp_path / "real" / "README.md").read_text().count("# Real images of pets") == 1
+
+
+def test_a_kind_that_is_not_planned_is_refused(refused):
+    assert refused("huggingface", "--kind", "pixel") == "--kind: unknown 'pixel'; one of semantic"

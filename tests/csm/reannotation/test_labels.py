@@ -146,3 +146,20 @@ def test_a_calibration_for_other_annotations_is_refused(plan: pl.DataFrame) -> N
         soft_labels(plan, classes, CLASSES, Calibration("scale", pair=True, scale=4.0))
     with pytest.raises(InputError, match="vector of 2 classes does not fit 3 classes"):
         soft_labels(plan, classes, CLASSES, Calibration("vector", weights=(1.0, 1.0), biases=(0.0, 0.0)))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "posterior", "expected"),
+    [
+        (Calibration("none"), [-1.0, -2.0, -3.0], np.exp([-1.0, -2.0, -3.0]) / np.exp([-1.0, -2.0, -3.0]).sum()),
+        (Calibration("none", pair=True), [-1.0, -2.0, -3.0], [0, 1, 0]),
+        (Calibration("none", pair=True), [0.0, -INF, -INF], [0, 1, 0]),
+        (Calibration("scale", pair=True, scale=4.0), None, [0, 1, 0]),
+    ],
+)
+def test_what_knows_only_the_pair_gives_a_real_image_its_class(
+    calibration: Calibration, posterior: list[float] | None, expected: list[float]
+) -> None:
+    plan = make_plan(CLASSES, "data", "net", PlanConfig(kinds=("real",)), labels=np.array([1]))
+    labels = soft_labels(plan, annotated(plan, [1.0], [posterior]), CLASSES, calibration)
+    assert labels["soft_label"][0].to_list() == pytest.approx(list(expected))
