@@ -2,14 +2,15 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cluster.annotation import AnnotateJob, AnnotateShards
 from cluster.attempts import Standing
+from cluster.ledger import part_name
 from cluster.pools import ShardWorker, Step, Watch, make_receipt, run_steps
 from cluster.resources import Pool
 from cluster.shards import Receipt, Written, finished_shards, part_path, read_plan, write_part
@@ -24,7 +25,11 @@ from csm.training_images import TrainingImages
 
 @dataclass(frozen=True)
 class MixJob:
-    """What a mixing actor needs; all paths are on storage that every node sees. ``real`` is the `real` table, for kinds that need it."""
+    """What a mixing actor needs; all paths are on storage that every node sees.
+
+    ``keys`` is kind -> key of its part files, for kinds that have another one than ``key``; ``real`` is the `real` table, for kinds that
+    need it, and ``strength`` is that of ``csm.mixing.mix``.
+    """
 
     plan: Path
     generator: Path
@@ -40,6 +45,7 @@ class MixJob:
     compiled: bool = False
     real: Path | None = None
     strength: float = 1.0
+    keys: Mapping[str, str] = field(default_factory=dict)
 
 
 class MixShards(ShardWorker):
@@ -69,21 +75,23 @@ class MixShards(ShardWorker):
         if shard not in job.shards:
             return []
         plan = read_plan(job.plan, shard)
-        if finished_shards(job.mixed, job.key, {shard: len(plan)}):  # by a worker that died later, in the same block of shards
+        kind = plan["kind"][0]
+        part, key = part_name("mixed", kind), job.keys.get(kind, job.key)
+        if finished_shards(job.mixed, key, {shard: len(plan)}):  # by a worker that died later, in the same block of shards
             path = part_path(job.mixed, shard)
             written = Written(storage.file_digest(path), path.stat().st_size)
-            return [make_receipt("mixed", shard, len(plan), written, job.key, 0.0)]
+            return [make_receipt(part, shard, len(plan), written, key, 0.0)]
         with self._turn:
             started = time.monotonic()
-            generator = self.generator if plan["kind"][0] in GENERATED else None
+            generator = self.generator if kind in GENERATED else None
             finish = start_mixing(
                 plan, generator, job.shape, job.sampler, job.batch_size, job.operator, self.real, job.strength
             )
         frame = finish()
         done = time.monotonic()
         seconds, self._free = max(0.0, done - max(started, self._free)), done
-        written = write_part(frame, job.mixed, shard, tables.MIXED, job.key)
-        return [make_receipt("mixed", shard, len(frame), written, job.key, seconds)]
+        written = write_part(frame, job.mixed, shard, tables.MIXED, key)
+        return [make_receipt(part, shard, len(frame), written, key, seconds)]
 
 
 def process_shards(

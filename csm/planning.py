@@ -1,7 +1,8 @@
 """The plan: one row for every image that will be mixed."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +21,8 @@ from csm.parameters import check_name
 
 MEASURED = ("confusion", "prototypes")  # policies whose pairs are chosen by what fitted annotators say
 SEMANTIC, REAL = "semantic", "real"  # kinds: those that are planned unless others are asked for, and those that no pair makes
+DIGESTS = "csm.digests"  # in the footer of a plan: kind -> digest of its rows
+SHARDS_OF_KIND = 10_000_000  # each kind has numbers of its own, so that its part files stay where they are, whatever else is planned
 CHUNK_ROWS = 65536  # of a row group, about: what a reader of one shard decodes
 
 
@@ -109,7 +112,7 @@ def make_plan(
 ) -> pl.DataFrame:
     """Return the `plan` table, a pure function of its arguments; ``write_plan`` writes one that memory need not hold.
 
-    Rows are ordered by kind, then group, then pair, then step, so that an unfinished run already covers all pairs. A ``mix_id`` is a pure
+    Rows are ordered by kind, as in ``tables.KINDS``, then group, then pair, then step, so that an unfinished run already covers all pairs. A ``mix_id`` is a pure
     function of (dataset, generator, config.seed, class_a, class_b, group, step), of the ratios, if they are not evenly spaced, and of the
     kind, if that is not "semantic": more sets, other pairs or other kinds later keep the ids, seeds and pictures of the first. The ratios
     have no part in a seed.
@@ -144,41 +147,58 @@ def write_plan(
     A row group of the file holds whole shards, about ``CHUNK_ROWS`` rows. Time and disk grow with the plan, memory does not.
     """
     rows = planned_images(config, len(pairs), 0 if labels is None else len(labels))
-    names = _digested(config.kinds)
-    digest = hashlib.blake2b((8 * rows).to_bytes(8, "little"), digest_size=8)  # plan_digest's first part, which is here in pieces
-    with tables.in_pieces(path, tables.PLAN) as write:
+    # The first part of each digest, which is here in pieces.
+    hashes = {kind: hashlib.blake2b((8 * count).to_bytes(8, "little"), digest_size=8) for kind, count in rows.items()}
+    footer: dict[str, str] = {}
+    with tables.in_pieces(path, tables.PLAN, footer) as write:
         for chunk in _chunks(pairs, dataset, generator, config, labels):
             write(chunk)
-            digest.update(chunk.select(names).hash_rows(seed=0).to_numpy().tobytes())
-    for name in names:
-        digest.update(len(name).to_bytes(8, "little") + name.encode())
-    return rows, digest.hexdigest()
+            hashes[chunk["kind"][0]].update(chunk.select(_DIGESTED).hash_rows(seed=0).to_numpy().tobytes())
+        for name in _DIGESTED:
+            for part in hashes.values():
+                part.update(len(name).to_bytes(8, "little") + name.encode())
+        digests = {kind: part.hexdigest() for kind, part in hashes.items()}
+        footer[DIGESTS] = json.dumps(digests)
+    return sum(rows.values()), _joined(digests)
 
 
-def planned_images(config: PlanConfig, pairs: int, real: int) -> int:
-    """Rows of a plan of so many ``pairs``, of a data set with ``real`` training images."""
+def planned_images(config: PlanConfig, pairs: int, real: int) -> dict[str, int]:
+    """Kind -> rows of a plan of so many ``pairs``, of a data set with ``real`` training images."""
     of_sets = pairs * config.sets_per_pair * len(ratio_grid(config))
-    return sum(real if kind == REAL else of_sets for kind in config.kinds)
+    return {kind: real if kind == REAL else of_sets for kind in config.kinds}
 
 
 def plan_digest(plan: pl.DataFrame) -> str:
     """Identifies a plan by every value of every row. One of semantic mixtures alone has the digest that it had before there were kinds."""
-    plan = plan.select(_digested(plan["kind"].unique().to_list()))
-    return storage.bytes_digest(*(plan.hash_rows(seed=0).to_numpy().tobytes(), *(name.encode() for name in plan.columns)))
+    parts = {part["kind"][0]: part.select(_DIGESTED) for part in plan.partition_by("kind")}
+    names = [name.encode() for name in _DIGESTED]
+    return _joined(
+        {kind: storage.bytes_digest(part.hash_rows(seed=0).to_numpy().tobytes(), *names) for kind, part in parts.items()}
+    )
 
 
-def _digested(kinds: Sequence[str]) -> list[str]:
-    """Columns that tell apart plans of ``kinds``."""
-    return [name for name in tables.PLAN if name != "kind" or list(kinds) != [SEMANTIC]]
+def kind_digests(plan: Path) -> dict[str, str]:
+    """Kind -> what identifies its rows of the plan that ``write_plan`` wrote; {} for one of a version that knew no kinds."""
+    digests: dict[str, str] = json.loads((tables.metadata(plan) or {}).get(DIGESTS, "{}"))
+    return digests
+
+
+def _joined(digests: Mapping[str, str]) -> str:
+    """The digest of a plan, by those of its kinds."""
+    return digests[SEMANTIC] if list(digests) == [SEMANTIC] else storage.digest(dict(digests))
+
+
+_DIGESTED = [name for name in tables.PLAN if name != "kind"]
 
 
 def _chunks(
     pairs: Pairs, dataset: str, generator: str, config: PlanConfig, labels: npt.NDArray[np.integer] | None
 ) -> Iterator[pl.DataFrame]:
-    """The plan's rows in order, whole shards at a time; the kinds have their order of ``tables.KINDS``, whatever that of the setting."""
+    """The plan's rows in order, whole shards at a time."""
     check_kinds(config.kinds)
-    first = 0  # shard of the kind
-    for kind in sorted(config.kinds, key=tables.KINDS.index):
+    for number, kind in enumerate(tables.KINDS):
+        if kind not in config.kinds:
+            continue
         key = (dataset, generator, config.seed) if kind == SEMANTIC else (dataset, generator, config.seed, kind)
         if kind == REAL:
             if labels is None:
@@ -186,12 +206,11 @@ def _chunks(
             chunks = _real_chunks(labels, storage.digest(*key), config.shard_rows)
         else:
             chunks = _set_chunks(pairs, key, config, alone=kind == "unmixed")
-        shards = 0
         for chunk in chunks:
-            shards = int(chunk["shard"][-1]) + 1
-            rows = chunk.with_columns(pl.col("shard") + first, kind=pl.lit(kind))
+            if chunk["shard"][-1] >= SHARDS_OF_KIND:
+                raise InputError(f"plan.shard_rows: the plan has more than {SHARDS_OF_KIND:,} shards: give it more rows a shard")
+            rows = chunk.with_columns(pl.col("shard") + number * SHARDS_OF_KIND, kind=pl.lit(kind))
             yield rows.select(pl.col(name).cast(dtype) for name, dtype in tables.PLAN.items())
-        first += shards
 
 
 def _set_chunks(pairs: Pairs, key: tuple[str | int, ...], config: PlanConfig, alone: bool) -> Iterator[pl.DataFrame]:

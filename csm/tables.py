@@ -183,8 +183,11 @@ def write_file(frame: pl.DataFrame, file: Path, metadata: dict[str, str] | None 
 
 
 @contextmanager
-def in_pieces(path: Path, schema: Schema) -> Iterator[Callable[[pl.DataFrame], None]]:
-    """Give a function that checks a frame and appends it as one row group; when the block ends well, ``path`` is there, whole."""
+def in_pieces(path: Path, schema: Schema, metadata: Mapping[str, str] | None = None) -> Iterator[Callable[[pl.DataFrame], None]]:
+    """Give a function that checks a frame and appends it as one row group; when the block ends well, ``path`` is there, whole.
+
+    The footer gets ``metadata`` as it is then.
+    """
 
     def arrow(frame: pl.DataFrame) -> Any:
         return check(frame, schema, str(path)).to_arrow(compat_level=pl.CompatLevel.oldest())
@@ -194,6 +197,7 @@ def in_pieces(path: Path, schema: Schema) -> Iterator[Callable[[pl.DataFrame], N
     form = arrow(pl.DataFrame(schema=dict(schema))).schema
     with replacing(path) as temporary, pq.ParquetWriter(temporary, form, compression="zstd", use_dictionary=repeated) as writer:
         yield lambda frame: writer.write_table(arrow(frame), row_group_size=len(frame))
+        writer.add_key_value_metadata(dict(metadata or {}))
 
 
 def read(path: Path, schema: Schema, columns: Sequence[str] | None = None, rows: tuple[int, int] | None = None) -> pl.DataFrame:

@@ -125,7 +125,7 @@ def _mixing(config: Config, info: DatasetInfo) -> list[Load]:
     encoders = config.annotate.encoders_of(config.annotators)
     if encoders:
         auto = ", as if auto were all its candidates" if AUTO in config.annotators else ""
-        images = planned_images(plan, pairs, info.counts["train"])
+        images = sum(planned_images(plan, pairs, info.counts["train"]).values())
         what = f"{most}{images:,} images through {', '.join(encoders)}{auto}"
         found.append(_of_pool("annotate", config.resources.annotate, images, shard, what))
     return found

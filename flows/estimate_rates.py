@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from cluster.ledger import read_receipts
+from cluster.ledger import part_name, read_receipts
 from cluster.rates import in_threads, on_worker
-from cluster.shards import plan_shards
 from csm import storage
 from csm.classifiers import ClassifierSpec
 from csm.datasets import DatasetInfo, RealDataset
@@ -176,11 +175,12 @@ def _mix_record(workspace: Workspace, config: Config) -> Recorded:
     before, ratios = record.settings["mix"], ratio_grid(config.plan).tolist()
     sampler = SamplerConfig(**before["sampler"])
     weights = mixing_weights(KINDS, sampler, before["operator"], ratios)
-    kinds = KINDS if workspace.plan.is_file() else ()
-    weight = {shard: weights[kind] for kind in kinds for shard in plan_shards(workspace.plan, kind)}
-    receipts = [(receipt, weight.get(shard, 1.0)) for (part, shard), receipt in _last_receipts(workspace).items() if part == "mixed"]
-    images = sum(receipt["rows"] * share for receipt, share in receipts)
-    seconds = sum(receipt["seconds"] for receipt, share in receipts if share)
+    receipts = _receipts(workspace)
+    images = seconds = 0.0
+    for kind, weight in weights.items():
+        if weight:
+            rows, spent = receipts.get(part_name("mixed", kind), (0, 0.0))
+            images, seconds = images + rows * weight, seconds + spent
     if not images:
         return None
     was = evaluations_per_image(sampler, before["operator"], ratios)
@@ -206,21 +206,16 @@ def _one_after_the_other(workspace: Workspace, parts: list[str]) -> Recorded:
 
 
 def _receipts(workspace: Workspace) -> dict[str, tuple[int, float]]:
-    """Part -> rows and seconds of ``_last_receipts``."""
-    found: dict[str, tuple[int, float]] = {}
-    for (part, _), receipt in _last_receipts(workspace).items():
-        rows, seconds = found.get(part, (0, 0.0))
-        found[part] = rows + receipt["rows"], seconds + receipt["seconds"]
-    return found
-
-
-def _last_receipts(workspace: Workspace) -> dict[tuple[str, int], dict[str, Any]]:
-    """Part and shard -> its last receipt; those that say nothing of the time are left out."""
+    """Part -> rows and seconds by the last receipt of each of its shards; those that say nothing of the time are left out."""
     last: dict[tuple[str, int], dict[str, Any]] = {}
     for receipt in read_receipts(workspace.root).iter_rows(named=True):
         if receipt["seconds"] > 0:
             last[receipt["part"], receipt["shard"]] = receipt
-    return last
+    found: dict[str, tuple[int, float]] = {}
+    for (part, _), receipt in last.items():
+        rows, seconds = found.get(part, (0, 0.0))
+        found[part] = rows + receipt["rows"], seconds + receipt["seconds"]
+    return found
 
 
 _RECORDED: dict[str, Callable[[Workspace, Config], Recorded]] = {

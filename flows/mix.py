@@ -6,15 +6,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from cluster.attempts import Standing
-from cluster.ledger import finished_parts, open_ledger, part_bytes, read_receipts, spent
+from cluster.ledger import finished_parts, open_ledger, part_bytes, part_name, read_receipts, spent
 from cluster.mixing import MixJob, process_shards
 from cluster.shards import Receipt, part_path, plan_shards
+from csm import storage
 from csm.datasets import RealDataset
 from csm.generators import load_generator
 from csm.generators.conditioning import check_spherical
 from csm.mixing import NOISED, evaluations_per_image, starting_at
-from csm.planning import ratio_grid
+from csm.planning import SEMANTIC, kind_digests, ratio_grid
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.progress import task
@@ -28,9 +31,9 @@ def _run(context: Context, record: StageRecord) -> Made:
     from flows.annotate import annotate_jobs
 
     workspace, config = context.workspace, context.config
-    rows = plan_shards(workspace.plan)
+    rows, keys = plan_shards(workspace.plan), mixed_keys(workspace, record)
     receipts, files = read_receipts(workspace.root), part_bytes(workspace.mixed)
-    done = finished_parts(receipts, files, "mixed", workspace.mixed, record.fingerprint, rows)
+    done = finished(workspace, receipts, files, "mixed", workspace.mixed, keys)
     remove_other_parts(workspace.mixed, files, rows)
     todo = frozenset(rows) - done
     job = MixJob(
@@ -48,15 +51,16 @@ def _run(context: Context, record: StageRecord) -> Made:
         compiled=config.mix.compile,
         real=workspace.real.absolute(),
         strength=config.mix.strength,
+        keys=keys,
     )
-    followers = annotate_jobs(context, record.fingerprint, todo) if stale(context, "fit-annotators") is None else []
+    followers = annotate_jobs(context, todo) if stale(context, "fit-annotators") is None else []
     if todo:
-        before, keys = (
-            spent(receipts, "mixed", done),
-            {"mixed": job.key, **{follower.name: follower.key for follower in followers}},
-        )
+        parts = {part_name("mixed", kind): key for kind, key in keys.items()}
+        before = sum(spent(receipts, part, done) for part in parts)
+        all_parts = parts | {follower.part: follower.key for follower in followers}
         work = partial(process_shards, job, followers, config.resources.mix, config.resources.annotate)
-        process(context, record, work, keys, {"mixed"}, "images", sum(rows.values()), sum(rows[shard] for shard in done), before)
+        total, made = sum(rows.values()), sum(rows[shard] for shard in done)
+        process(context, record, work, all_parts, set(parts), "images", total, made, before)
     per_image = sum(
         evaluations_per_image(config.mix.sampler, config.mix.operator, ratio_grid(config.plan).tolist(), kind)
         * sum(plan_shards(workspace.plan, kind).values())
@@ -148,11 +152,46 @@ def _settings(config: Config) -> dict[str, Any]:
     return {"mix": mix if NOISED in config.plan.kinds else {key: value for key, value in mix.items() if key != "strength"}}
 
 
-def missing_part(workspace: Workspace, part: str, directory: Path, key: str) -> Path | None:
+def mixed_keys(workspace: Workspace, record: StageRecord) -> dict[str, str]:
+    """Kind -> key of its part files under ``record`` of the stage: of all that its images depend on, whatever else is planned.
+
+    That of semantic mixtures is the fingerprint which the record has if there are no other kinds.
+    """
+    keys = {}
+    for kind, digest in (kind_digests(workspace.plan) or {SEMANTIC: record.inputs["plan"]}).items():
+        mix = {name: value for name, value in record.settings["mix"].items() if name != "strength" or kind == NOISED}
+        keys[kind] = storage.digest(record.name, record.code_version, {"mix": mix}, {**record.inputs, "plan": digest})
+    return keys
+
+
+def finished(
+    workspace: Workspace, receipts: pl.DataFrame, files: Mapping[str, int], part: str, directory: Path, keys: Mapping[str, str]
+) -> set[int]:
+    """``finished_parts`` of the shards of every kind of ``keys``, each under its key."""
+    found = set[int]()
+    for kind, key in keys.items():
+        rows = plan_shards(workspace.plan, kind)
+        found |= finished_parts(receipts, files, part_name(part, kind), directory, key, rows)
+    return found
+
+
+def missing_part(workspace: Workspace, part: str, directory: Path, keys: Mapping[str, str]) -> Path | None:
     """The first part file that the plan asks for and that is not there as it should be; None if all are."""
-    rows = plan_shards(workspace.plan)
-    done = finished_parts(read_receipts(workspace.root), part_bytes(directory), part, directory, key, rows)
-    return next((part_path(directory, shard) for shard in rows if shard not in done), None)
+    done = finished(workspace, read_receipts(workspace.root), part_bytes(directory), part, directory, keys)
+    return next((part_path(directory, shard) for shard in plan_shards(workspace.plan) if shard not in done), None)
+
+
+def _missing(context: Context, record: StageRecord) -> Path | None:
+    workspace = context.workspace
+    return missing_part(workspace, "mixed", workspace.mixed, mixed_keys(workspace, record))
+
+
+def _keeps(context: Context, wanted: StageRecord) -> bool:
+    """Whether every image that is there is one of those that are wanted: other kinds may be made beside it."""
+    workspace, files = context.workspace, part_bytes(context.workspace.mixed)
+    keys = mixed_keys(workspace, wanted)
+    done = finished(workspace, read_receipts(workspace.root), files, "mixed", workspace.mixed, keys)
+    return set(files) <= {part_path(Path(), shard).name for shard in done}
 
 
 STAGE = Stage(
@@ -161,10 +200,12 @@ STAGE = Stage(
     inputs=("prepare", "generator", "plan"),
     settings=_settings,
     outputs=lambda workspace, config: [workspace.mixed],
-    missing=lambda context, record: missing_part(context.workspace, "mixed", context.workspace.mixed, record.fingerprint),
+    missing=_missing,
     check=_check,
     run=_run,
     costly=True,
+    grows=lambda before, after: {"mix": {**after["mix"], **before["mix"]}} == after,
+    keeps=_keeps,
 )
 
 

@@ -1,5 +1,6 @@
 """plan: one row for every image to mix."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -90,6 +91,13 @@ def _settings(config: Config) -> dict[str, Any]:
     return {"plan": {name: value for name, value in asdict(plan).items() if needed.get(name, True)}}
 
 
+def _grows(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether only kinds of images were added, which leaves the rows of the others as they are."""
+    plans = [dict(settings["plan"]) for settings in (before, after)]
+    kinds = [set(plan.pop("kinds", (SEMANTIC,))) for plan in plans]
+    return plans[0] == plans[1] and kinds[0] <= kinds[1]
+
+
 STAGE = Stage(
     name="plan",
     code_version=1,
@@ -99,6 +107,7 @@ STAGE = Stage(
     outputs=lambda workspace, config: [workspace.plan],
     check=_check,
     run=_run,
+    grows=_grows,
 )
 
 

@@ -1,6 +1,7 @@
 """train: every method with every seed, in one Ray Train worker group."""
 
 from dataclasses import asdict, replace
+from functools import cache, partial
 from typing import Any
 
 from csm import storage
@@ -21,6 +22,7 @@ def run_specs(context: Context) -> list[RunSpec]:
     workspace, config = context.workspace, context.config
     train = config.train
     info = RealDataset.load_info(workspace.root)
+    labelled = cache(partial(annotated, workspace))
     specs = []
     for seed in range(train.seeds):
         for name, method in train.chosen.items():
@@ -28,7 +30,7 @@ def run_specs(context: Context) -> list[RunSpec]:
             if method.mixed:
                 annotator = resolve(workspace, config.annotator_of(method))
                 method = replace(method, mixed=replace(method.mixed, annotator=annotator))
-                labels = annotated(workspace, annotator)
+                labels = labelled(annotator, method.mixed.images)
                 source = MixedSource(
                     plan=workspace.plan.absolute(),
                     mixed=workspace.mixed.absolute(),

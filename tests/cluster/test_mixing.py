@@ -297,14 +297,22 @@ def of_kinds(finished, tmp_path_factory):
     config = PlanConfig(pairs=((0, 1),), ratios=3, sets_per_pair=2, shard_rows=6, kinds=KINDS)
     tables.write(make_plan(10, "data", "generator", config, labels=images.labels[:10]), root / "plan.parquet", tables.PLAN)
     job, (annotate_job, _) = jobs(finished, root, root / "plan.parquet", root / "mixed")
-    return replace(job, real=real, strength=2.0), annotate_job, images
+    return replace(job, real=real, strength=2.0, keys={"pixel": "pixel-key"}), annotate_job, images
 
 
 def test_rows_of_every_kind_equal_those_of_a_direct_call(of_kinds):
     job, annotate_job, images = of_kinds
     rows, receipts = plan_shards(job.plan), []
-    process_shards(job, [annotate_job], ONE, ONE, receipts.append)
-    assert sorted(receipt.shard for receipt in receipts if receipt.part == "mixed") == list(rows) == list(range(5))
+    annotating = [replace(annotate_job, kind=kind, shards=frozenset(plan_shards(job.plan, kind))) for kind in KINDS]
+    process_shards(job, annotating, ONE, ONE, receipts.append)
+    expected = {(f"{part}/{kind}", shard) for part in ("mixed", "projection") for kind in KINDS for shard in plan_shards(job.plan, kind)}
+    assert {(receipt.part, receipt.shard) for receipt in receipts} == expected
+    assert len(rows) == 5
+    assert {receipt.key for receipt in receipts if receipt.part == "mixed/pixel"} == {"pixel-key"}
+    assert {receipt.key for receipt in receipts if receipt.part == "mixed/real"} == {"mixed-key"}
+    for kind in KINDS:
+        shards = plan_shards(job.plan, kind)
+        assert finished_shards(job.mixed, "pixel-key" if kind == "pixel" else "mixed-key", shards) == set(shards)
     generator = load_generator(job.generator)
     for shard in rows:
         plan = read_plan(job.plan, shard)

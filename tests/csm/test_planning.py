@@ -11,7 +11,7 @@ from scipy.stats import beta
 from csm import tables
 from csm.errors import InputError
 from csm.pairs import all_pairs, listed_pairs
-from csm.planning import CHUNK_ROWS, PlanConfig, make_plan, plan_digest, planned_images, ratio_grid, write_plan
+from csm.planning import CHUNK_ROWS, PlanConfig, kind_digests, make_plan, plan_digest, planned_images, ratio_grid, write_plan
 
 SET = ["class_a", "class_b", "group"]
 
@@ -277,7 +277,8 @@ def test_kinds_stand_one_after_the_other_in_shards_of_their_own() -> None:
     assert frame["kind"].unique(maintain_order=True).to_list() == list(tables.KINDS)
     assert frame["mix_id"].n_unique() == len(frame) == 4 * 36 + len(LABELS)
     assert frame["shard"].is_sorted()
-    assert sorted(set(frame["shard"])) == list(range(4 * 6 + 1))
+    numbers = [10_000_000 * place + number for place in range(4) for number in range(6)]
+    assert sorted(set(frame["shard"])) == [*numbers, 40_000_000]
     assert frame.group_by("shard").agg(pl.col("kind").n_unique())["kind"].to_list() == [1] * 25
     assert frame.group_by("shard").len()["len"].max() <= 7
     assert plan_digest(frame) != plan_digest(frame.with_columns(kind=pl.lit("pixel", dtype=tables.KIND)))
@@ -291,10 +292,17 @@ def test_the_mixtures_are_the_same_beside_other_kinds() -> None:
 
 @pytest.mark.parametrize("kind", tables.KINDS)
 def test_a_kind_is_planned_alike_whatever_stands_beside_it(kind: str) -> None:
-    alone, beside = plan_of_kinds((kind,)).drop("shard"), plan_of_kinds().filter(kind=kind).drop("shard")
-    assert alone.equals(beside)
-    more = plan_of_kinds((kind,), sets_per_pair=3).drop("shard")
+    alone = plan_of_kinds((kind,))
+    assert alone.equals(plan_of_kinds().filter(kind=kind))
+    more = plan_of_kinds((kind,), sets_per_pair=3)
     assert more.head(len(alone)).equals(alone)
+
+
+def test_more_shards_than_a_kind_has_numbers_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("csm.planning.SHARDS_OF_KIND", 5)
+    assert set(plan_of_kinds(("pixel",), shard_rows=9)["shard"]) == {10, 11, 12, 13}
+    with pytest.raises(InputError, match=r"plan.shard_rows: the plan has more than 5 shards: give it more rows a shard"):
+        plan_of_kinds(("pixel",))
 
 
 def test_no_two_kinds_share_a_noise() -> None:
@@ -330,7 +338,7 @@ def test_every_training_image_stands_once_with_its_label() -> None:
     assert frame.select("group", "class_a", "class_b", "step", "lam").rows() == [
         (number, label, label, 0, 1.0) for number, label in enumerate(LABELS.tolist())
     ]
-    assert frame["shard"].to_list() == [0, 0, 0, 1, 1, 1, 2]
+    assert (frame["shard"] - 40_000_000).to_list() == [0, 0, 0, 1, 1, 1, 2]
     with pytest.raises(ValueError, match="labels: kind real needs those of the train split, got None"):
         plan(4, kinds=("real",))
 
@@ -341,11 +349,18 @@ def test_the_written_plan_of_any_kinds_is_the_plan_that_is_made(kinds: tuple[str
     classes, config = large(kinds=kinds, sets_per_pair=10)
     rows, digest = write_plan(tmp_path / "plan.parquet", all_pairs(classes), "data", "net", config, labels)
     made = make_plan(classes, "data", "net", config, labels=labels)
-    assert rows == len(made) == planned_images(config, 780, 70_000)
+    assert planned_images(config, 780, 70_000) == dict(made["kind"].value_counts().iter_rows())
+    assert rows == len(made)
+    assert kind_digests(tmp_path / "plan.parquet") == {kind: plan_digest_of(made, kind) for kind in kinds}
     assert digest == plan_digest(made)
     assert tables.read_plan(tmp_path / "plan.parquet").equals(made)
     for kind in tables.KINDS:
         assert tables.read_plan(tmp_path / "plan.parquet", kind).equals(made.filter(kind=kind))
+
+
+def plan_digest_of(plan: pl.DataFrame, kind: str) -> str:
+    """The digest of its rows of ``kind``, if these were mixtures alone."""
+    return plan_digest(plan.filter(kind=kind).with_columns(kind=pl.lit("semantic", dtype=tables.KIND)))
 
 
 def test_the_digest_of_mixtures_alone_is_that_of_the_first_version() -> None:

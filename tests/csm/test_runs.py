@@ -317,12 +317,13 @@ def test_a_training_reads_the_part_files_of_its_kind_alone(workspace: Path) -> N
     )
     both = make_plan(3, "data", "net", config)
     tables.write(both, workspace / "plan.parquet", tables.PLAN)
+    first = 20_000_000  # the shards of pixel mixtures
     ids = dict(zip(semantic["mix_id"], both.filter(kind="pixel")["mix_id"], strict=True))
     for folder, schema in (("mixed", tables.MIXED), ("annotations", tables.annotations(3))):
         for shard in (0, 1):
             part = tables.read(workspace / folder / f"part-{shard:08d}.parquet", schema)
             other = part.with_columns(pl.col("mix_id").replace_strict(ids))
-            tables.write(other, workspace / folder / f"part-{shard + 2:08d}.parquet", schema)
+            tables.write(other, workspace / folder / f"part-{first + shard:08d}.parquet", schema)
             (workspace / folder / f"part-{shard:08d}.parquet").write_bytes(b"damaged")
     spec = spec_of(workspace, "csm", CSM)
     assert spec.mixed is not None

@@ -21,12 +21,14 @@ from cluster.shards import part_path, plan_shards, read_plan, write_part
 from csm import storage, tables
 from csm.datasets.real import build
 from csm.export import CARD, FORMATS, WORK, encode
-from csm.planning import make_plan
+from csm.pairs import all_pairs
+from csm.planning import write_plan
 from csm.reannotation import Calibration
 from flows import cli
-from flows.annotate import _key
+from flows.annotate import _keys
 from flows.artifacts import Workspace
 from flows.config import load_config, plain
+from flows.mix import mixed_keys
 from flows.reuse import run_stage
 from flows.run import STAGES
 from flows.stages import Context, Made
@@ -62,19 +64,17 @@ def fit_generator(context, record):
 
 
 def plan(context, record):
-    frame = make_plan(3, record.inputs["prepare"], "generator", context.config.plan, labels=np.array([0, 1, 2]))
-    tables.write(frame, context.workspace.plan, tables.PLAN)
-    return Made(len(frame), "plan")
+    labels = np.array([0, 1, 2])
+    return Made(*write_plan(context.workspace.plan, all_pairs(3), record.inputs["prepare"], "generator", context.config.plan, labels))
 
 
 def mix(context, record):
-    draw = np.random.default_rng(1)
+    draw, keys = np.random.default_rng(1), mixed_keys(context.workspace, record)
     for shard in plan_shards(context.workspace.plan):
-        ids = read_plan(context.workspace.plan, shard)["mix_id"].reverse()
-        images = [draw.integers(0, 256, SHAPE, np.uint8).tobytes() for _ in ids]
-        write_part(
-            pl.DataFrame({"mix_id": ids, "image": images}), context.workspace.mixed, shard, tables.MIXED, record.fingerprint
-        )
+        rows = read_plan(context.workspace.plan, shard).reverse()
+        images = [draw.integers(0, 256, SHAPE, np.uint8).tobytes() for _ in range(len(rows))]
+        frame = rows.select("mix_id", image=pl.Series(images))
+        write_part(frame, context.workspace.mixed, shard, tables.MIXED, keys[rows["kind"][0]])
     return Made(45, record.fingerprint)
 
 
@@ -97,18 +97,19 @@ def fit_annotators(context, record):
 def annotate(context, record):
     draw = np.random.default_rng(2)
     for name, calibration in CALIBRATIONS.items():
+        keys = _keys(context.workspace, name)
         for shard, count in plan_shards(context.workspace.plan).items():
+            rows = read_plan(context.workspace.plan, shard)
             posterior = np.log(draw.dirichlet(np.ones(3), count)).astype(np.float32)
             schema = tables.annotations(3)
             columns = {
-                "mix_id": read_plan(context.workspace.plan, shard)["mix_id"].shuffle(seed=shard),
+                "mix_id": rows["mix_id"].shuffle(seed=shard),
                 "lam_raw": pl.Series(draw.normal(size=count), dtype=pl.Float32),
                 "log_posterior": pl.Series(
                     posterior if calibration.temperature else [None] * count, dtype=schema["log_posterior"]
                 ),
             }
-            key = _key(context.workspace, name, record.inputs["mix"])
-            write_part(pl.DataFrame(columns), context.workspace.annotations(name), shard, schema, key)
+            write_part(pl.DataFrame(columns), context.workspace.annotations(name), shard, schema, keys[rows["kind"][0]])
     return Made(90, "annotations")
 
 

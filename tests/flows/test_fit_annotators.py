@@ -65,7 +65,7 @@ def root(tmp_path: Path) -> Path:
         build_classifier(spec).save(workspace.teacher_member(number))
     plan = make_plan(CLASSES, "data", "net", load_config("demo", ["plan.ratios=3", "plan.sets_per_pair=1"]).plan)
     tables.write(plan, workspace.plan, tables.PLAN)
-    workspace.write_record(StageRecord("mix", "mixed", {}, 1, {}, True, "mixed"))
+    workspace.write_record(StageRecord("mix", "mixed", {"mix": {}}, 1, {"plan": "plan"}, True, "mixed"))
     return tmp_path
 
 
@@ -108,7 +108,7 @@ def changed(root: Path, before: dict[str, int]) -> set[str]:
 
 
 def keys(context: Context) -> dict[str, str]:
-    return {job.name: job.key for job in annotate_jobs(context, "mixed", frozenset(plan_shards(context.workspace.plan)))}
+    return {job.name: job.key for job in annotate_jobs(context, frozenset(plan_shards(context.workspace.plan)))}
 
 
 def test_each_annotator_is_what_the_direct_calls_give(fit: Fit, root: Path, encoded: list[tuple[str, int]]) -> None:
@@ -227,7 +227,7 @@ def test_a_members_calibrator_is_part_of_its_ensemble(fit: Fit) -> None:
     assert calibration.nll is not None
     again = fit(*overrides, "annotate.annotators.teacher.calibrator=none")
     assert {name for name, key in keys(again).items() if key != stored[name]} == {"both"}
-    (job,) = [job for job in annotate_jobs(again, "mixed", frozenset({0})) if job.name == "both"]
+    (job,) = [job for job in annotate_jobs(again, frozenset({0})) if job.name == "both"]
     assert set(job.encoders) == {"teacher", "pixels"}
 
 
@@ -318,7 +318,7 @@ def test_annotations_are_identified_by_image_fit_and_calibration(fit: Fit, root:
     context = fit()
     workspace = context.workspace
     digests = {annotated(workspace, "teacher"), annotated(workspace, "projection")}
-    workspace.write_record(StageRecord("mix", "other", {}, 1, {}, True, "other"))
+    workspace.write_record(StageRecord("mix", "other", {"mix": {}}, 1, {"plan": "other"}, True, "other"))
     digests.add(annotated(workspace, "teacher"))
     fit("annotate.annotators.teacher.calibrator=none")
     digests.add(annotated(workspace, "teacher"))
