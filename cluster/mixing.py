@@ -84,9 +84,7 @@ class MixShards(ShardWorker):
         with self._turn:
             started = time.monotonic()
             generator = self.generator if kind in GENERATED else None
-            finish = start_mixing(
-                plan, generator, job.shape, job.sampler, job.batch_size, job.operator, self.real, job.strength
-            )
+            finish = start_mixing(plan, generator, job.shape, job.sampler, job.batch_size, job.operator, self.real, job.strength)
         frame = finish()
         done = time.monotonic()
         seconds, self._free = max(0.0, done - max(started, self._free)), done

@@ -1,4 +1,7 @@
-"""The mixed set, or images of another kind, as files that other programs read: image folder, WebDataset, Hugging Face parquet; each with its soft labels."""
+"""Mixed images as files that other programs read: image folder, WebDataset, Hugging Face parquet; each with its soft labels.
+
+Images of another kind are written in the same way.
+"""
 
 import io
 import json
@@ -236,8 +239,9 @@ def _write_readme(directory: Path, pieces: Sequence[str], card: Card) -> None:
         f"- `mix_id`: names the image{_SHARED.get(card.kind, '')}.",
         *_describe_labels(card),
     ]
+    title = "Mixed" if card.kind == "semantic" else card.kind.capitalize()
     header = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
-    paragraphs = [f"# {card.kind.capitalize() if card.kind != 'semantic' else 'Mixed'} images of {card.dataset}", made, "\n".join(items), f"Settings and digests: `{CARD}`."]
+    paragraphs = [f"# {title} images of {card.dataset}", made, "\n".join(items), f"Settings and digests: `{CARD}`."]
     write_text(directory / "README.md", "\n".join([header, *(f"{paragraph}\n" for paragraph in paragraphs)]))
 
 

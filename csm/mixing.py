@@ -17,7 +17,6 @@ from csm.noise import fresh_noise, initial_noise
 from csm.sampling import Denoiser, SamplerConfig, solve, within
 from csm.training_images import TrainingImages, pixel_mixtures, real_images
 
-
 GENERATED = ("semantic", "unmixed", "noised")  # kinds of images that a generator makes; the others are made of real ones alone
 NOISED = "noised"
 
@@ -100,8 +99,8 @@ def starting_at(strength: float, sampler: SamplerConfig, generator: Generator, s
     height, width, channels = shape
     if generator.noise_shape != (channels, height, width):
         raise InputError(
-            f"plan.kinds: noised needs a generator of the data's own pixels ({height} x {width} x {channels}), and the noise of this one is "
-            f"{' x '.join(map(str, generator.noise_shape))} (channels first): leave noised out"
+            f"plan.kinds: noised needs a generator of the data's own pixels ({height} x {width} x {channels}), and the noise of this one "
+            f"is {' x '.join(map(str, generator.noise_shape))} (channels first): leave noised out"
         )
     inside = within(sampler, generator.sigma_range)
     if not inside.sigma_min < strength <= generator.sigma_range[1]:

@@ -22,7 +22,9 @@ from csm.parameters import check_name
 MEASURED = ("confusion", "prototypes")  # policies whose pairs are chosen by what fitted annotators say
 SEMANTIC, REAL = "semantic", "real"  # kinds: those that are planned unless others are asked for, and those that no pair makes
 DIGESTS = "csm.digests"  # in the footer of a plan: kind -> digest of its rows
-SHARDS_OF_KIND = 10_000_000  # each kind has numbers of its own, so that its part files stay where they are, whatever else is planned
+SHARDS_OF_KIND = (
+    10_000_000  # each kind has numbers of its own, so that its part files stay where they are, whatever else is planned
+)
 CHUNK_ROWS = 65536  # of a row group, about: what a reader of one shard decodes
 
 
@@ -112,10 +114,10 @@ def make_plan(
 ) -> pl.DataFrame:
     """Return the `plan` table, a pure function of its arguments; ``write_plan`` writes one that memory need not hold.
 
-    Rows are ordered by kind, as in ``tables.KINDS``, then group, then pair, then step, so that an unfinished run already covers all pairs. A ``mix_id`` is a pure
-    function of (dataset, generator, config.seed, class_a, class_b, group, step), of the ratios, if they are not evenly spaced, and of the
-    kind, if that is not "semantic": more sets, other pairs or other kinds later keep the ids, seeds and pictures of the first. The ratios
-    have no part in a seed.
+    Rows are ordered by kind, as in ``tables.KINDS``, then group, pair and step, so that an unfinished run already covers all pairs. A
+    ``mix_id`` is a pure function of (dataset, generator, config.seed, class_a, class_b, group, step), of the ratios, if they are not evenly
+    spaced, and of the kind, if that is not "semantic": more sets, other pairs or other kinds later keep the ids, seeds and pictures of the
+    first. The ratios have no part in a seed.
 
     Args:
         n_classes: K >= 2.
@@ -165,7 +167,7 @@ def write_plan(
 def planned_images(config: PlanConfig, pairs: int, real: int) -> dict[str, int]:
     """Kind -> rows of a plan of so many ``pairs``, of a data set with ``real`` training images."""
     of_sets = pairs * config.sets_per_pair * len(ratio_grid(config))
-    return {kind: real if kind == REAL else of_sets for kind in config.kinds}
+    return {kind: real if kind == REAL else of_sets for kind in tables.KINDS if kind in config.kinds}
 
 
 def plan_digest(plan: pl.DataFrame) -> str:

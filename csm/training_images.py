@@ -1,4 +1,4 @@
-"""Training images for the rows of a plan: those that are mixed pixel by pixel, that mixing starts from, or that are labelled as they are."""
+"""Training images for the rows of a plan: mixed pixel by pixel, to start mixing from, or as they are."""
 
 from functools import cached_property
 from pathlib import Path

@@ -137,7 +137,9 @@ def _own_changes(context: Context, name: str) -> list[str]:
     record, wanted = context.workspace.record(name), _wanted(context, context.stages[name])
     if record is None:
         return []
-    changed = [] if context.stages[name].grows(record.settings, wanted.settings) else differences(record.settings, wanted.settings)
+    changed = (
+        [] if context.stages[name].grows(record.settings, wanted.settings) else differences(record.settings, wanted.settings)
+    )
     return changed if record.code_version == wanted.code_version else [*changed, f"a newer {name}"]
 
 

@@ -305,7 +305,9 @@ def test_rows_of_every_kind_equal_those_of_a_direct_call(of_kinds):
     rows, receipts = plan_shards(job.plan), []
     annotating = [replace(annotate_job, kind=kind, shards=frozenset(plan_shards(job.plan, kind))) for kind in KINDS]
     process_shards(job, annotating, ONE, ONE, receipts.append)
-    expected = {(f"{part}/{kind}", shard) for part in ("mixed", "projection") for kind in KINDS for shard in plan_shards(job.plan, kind)}
+    expected = {
+        (f"{part}/{kind}", shard) for part in ("mixed", "projection") for kind in KINDS for shard in plan_shards(job.plan, kind)
+    }
     assert {(receipt.part, receipt.shard) for receipt in receipts} == expected
     assert len(rows) == 5
     assert {receipt.key for receipt in receipts if receipt.part == "mixed/pixel"} == {"pixel-key"}

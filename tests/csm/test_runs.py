@@ -312,8 +312,9 @@ def test_the_record_can_be_read_by_other_tools(workspace: Path) -> None:
 
 def test_a_training_reads_the_part_files_of_its_kind_alone(workspace: Path) -> None:
     """The folders of two kinds: the mixtures of the fixture, and the same pictures under the ids of pixel mixtures."""
-    semantic, config = tables.read_plan(workspace / "plan.parquet"), PlanConfig(
-        kinds=("semantic", "pixel"), ratios=3, sets_per_pair=2, shard_rows=9
+    semantic, config = (
+        tables.read_plan(workspace / "plan.parquet"),
+        PlanConfig(kinds=("semantic", "pixel"), ratios=3, sets_per_pair=2, shard_rows=9),
     )
     both = make_plan(3, "data", "net", config)
     tables.write(both, workspace / "plan.parquet", tables.PLAN)
@@ -328,7 +329,7 @@ def test_a_training_reads_the_part_files_of_its_kind_alone(workspace: Path) -> N
     spec = spec_of(workspace, "csm", CSM)
     assert spec.mixed is not None
     fit_run(replace(spec, mixed=replace(spec.mixed, kind="pixel")))
-    with pytest.raises(InputError, match="part-00000000.parquet is not a whole parquet file"):
+    with pytest.raises(InputError, match=r"part-00000000.parquet is not a whole parquet file"):
         fit_run(replace(spec, fingerprint="f1"))
-    with pytest.raises(InputError, match="plan.parquet plans no real images: run csm plan again"):
+    with pytest.raises(InputError, match=r"plan.parquet plans no real images: run csm plan again"):
         fit_run(replace(spec, fingerprint="f2", mixed=replace(spec.mixed, kind="real")))

@@ -312,7 +312,7 @@ def test_endpoints_are_the_ends_of_sets_each_as_likely(ratios: int) -> None:
 
 
 def test_endpoints_need_an_end() -> None:
-    with pytest.raises(InputError, match="schedule 'endpoints' needs plan.ratios that begin with 0 or end with 1"):
+    with pytest.raises(InputError, match=r"schedule 'endpoints' needs plan.ratios that begin with 0 or end with 1"):
         Schedule("endpoints", 2, mixed_set(ratios=(0.25, 0.5)), CLASSES).draw(torch.tensor([0]), draw())
 
 
@@ -324,7 +324,7 @@ def test_a_kind_alone_is_joined_and_drawn_from(kind: str) -> None:
     labels = pl.Series("soft_label", np.full((len(plan), CLASSES), 0.25), dtype=pl.Array(pl.Float32, CLASSES))
     frames = plan.select("mix_id").with_columns(image=pl.Series(cells)), plan.select("mix_id").with_columns(labels)
     mixed = MixedSet.join(plan.filter(kind=kind), *frames, SHAPE)
-    numbers = (mixed.images[..., 0, 0] + 256 * mixed.images[..., 1, 0].int()).flatten().tolist()
+    numbers = [first + 256 * second for first, second, *_ in mixed.images.flatten(1).tolist()]
     assert sorted(numbers) == [number for number, other in enumerate(plan["kind"]) if other == kind]
     assert mixed.rows.shape == ((10, 1) if kind == "real" else (12, 3))
     rows = Schedule("uniform", 1, mixed, CLASSES).draw(torch.zeros(1000, dtype=torch.int64), draw())

@@ -226,7 +226,12 @@ def test_mixing_of_several_kinds_gives_the_rate_of_those_that_the_network_makes(
     config = configuration("plan.kinds=[semantic, pixel, real]")
     done(root, config, "generator")
     done(root, config, "mix", generator="digest of generator")
-    receipts = [("mixed", 0, 96, 20.0), ("mixed", 1, 96, 5.0), ("mixed/pixel", 20_000_000, 96, 1.0), ("mixed/real", 40_000_000, 40, 1.0)]
+    receipts = [
+        ("mixed", 0, 96, 20.0),
+        ("mixed", 1, 96, 5.0),
+        ("mixed/pixel", 20_000_000, 96, 1.0),
+        ("mixed/real", 40_000_000, 40, 1.0),
+    ]
     write_receipts(root, *receipts)
     rate = recorded(Workspace(root), config, by_stage(config)["mix"])
     assert rate is not None

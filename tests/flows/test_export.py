@@ -65,7 +65,9 @@ def fit_generator(context, record):
 
 def plan(context, record):
     labels = np.array([0, 1, 2])
-    return Made(*write_plan(context.workspace.plan, all_pairs(3), record.inputs["prepare"], "generator", context.config.plan, labels))
+    return Made(
+        *write_plan(context.workspace.plan, all_pairs(3), record.inputs["prepare"], "generator", context.config.plan, labels)
+    )
 
 
 def mix(context, record):

@@ -48,9 +48,7 @@ def test_kinds_are_added_to_a_workspace_and_nothing_else_is(finished, tmp_path) 
     refuse_replacing(grown, verb_stages("mix", grown.config))
     planned = STAGES["plan"].run(grown, workspace.record("plan"))
     mix = workspace.record("mix")
-    wanted = replace(
-        mix, settings=plain(STAGES["mix"].settings(grown.config)), inputs={**mix.inputs, "plan": planned.digest}
-    )
+    wanted = replace(mix, settings=plain(STAGES["mix"].settings(grown.config)), inputs={**mix.inputs, "plan": planned.digest})
     more = mixed_keys(workspace, wanted)
     assert list(more) == ["semantic", "noised", "real"]
     assert more["semantic"] == keys["semantic"]
