@@ -71,8 +71,8 @@ class Annotator:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Share of class a among the pair, unclipped (N,), and the log-posterior (N, K) before calibration, or None.
 
-        ``class_a`` and ``class_b`` int64 (N,), ``lam`` float32 (N,), on the annotator's device like ``features``. Of real images both are the
-        same class, which has all of the pair.
+        ``class_a`` and ``class_b`` int64 (N,), ``lam`` float32 (N,), on the annotator's device like ``features``. Of real images both are
+        the same class, which has all of the pair.
         """
         posterior, is_one = self.log_posterior(features), class_a == class_b
         if posterior is None:
