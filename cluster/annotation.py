@@ -10,6 +10,7 @@ import polars as pl
 import torch
 
 from cluster.attempts import Standing
+from cluster.ledger import part_name
 from cluster.pools import ShardWorker, Step, Watch, make_receipt, run_steps
 from cluster.resources import Pool
 from cluster.shards import Receipt, part_path, read_plan, write_part
@@ -57,7 +58,8 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class AnnotateJob:
-    """What an annotation actor needs for one annotator; ``encoders`` are those of ``spec``, ``top`` is one for all jobs of an actor."""
+    """What an annotation actor needs for one annotator and images of one kind; ``encoders`` are those of ``spec``, ``top`` is one for all
+    jobs of an actor."""
 
     name: str
     spec: AnnotatorSpec
@@ -71,6 +73,12 @@ class AnnotateJob:
     shards: frozenset[int]
     device: str = "cpu"
     top: int | None = None
+    kind: str = "semantic"
+
+    @property
+    def part(self) -> str:
+        """As receipts name it."""
+        return part_name(self.name, self.kind)
 
 
 class EncodeShards(ShardWorker):
@@ -130,7 +138,7 @@ class AnnotateShards(ShardWorker):
         for job in jobs:
             frame = frames[job.name]
             written = write_part(frame, job.annotations, shard, tables.annotations(job.n_classes, job.top), job.key)
-            receipts.append(make_receipt(job.name, shard, len(frame), written, job.key, seconds))
+            receipts.append(make_receipt(job.part, shard, len(frame), written, job.key, seconds))
         return receipts
 
     def _load(self, jobs: Sequence[AnnotateJob]) -> None:

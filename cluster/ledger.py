@@ -61,6 +61,11 @@ def open_ledger(root: Path, keys: Mapping[str, str]) -> Iterator[Callable[[Recei
         yield lambda receipt: append(_line(receipt), False)
 
 
+def part_name(part: str, kind: str) -> str:
+    """How receipts name the files of ``part`` with images of ``kind``; those of semantic mixtures are the part itself."""
+    return part if kind == "semantic" else f"{part}/{kind}"
+
+
 def part_bytes(directory: Path) -> dict[str, int]:
     """Name -> bytes of every part file in ``directory``, in one listing."""
     if is_remote(directory):

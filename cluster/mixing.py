@@ -2,28 +2,34 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cluster.annotation import AnnotateJob, AnnotateShards
 from cluster.attempts import Standing
+from cluster.ledger import part_name
 from cluster.pools import ShardWorker, Step, Watch, make_receipt, run_steps
 from cluster.resources import Pool
 from cluster.shards import Receipt, Written, finished_shards, part_path, read_plan, write_part
 from csm import storage, tables
 from csm.generators import Generator, load_generator
 from csm.generators.acceleration import accelerate
-from csm.mixing import start_mixing
+from csm.mixing import GENERATED, start_mixing
 from csm.precision import Precision
 from csm.sampling import SamplerConfig
+from csm.training_images import TrainingImages
 
 
 @dataclass(frozen=True)
 class MixJob:
-    """What a mixing actor needs; all paths are on storage that every node sees."""
+    """What a mixing actor needs; all paths are on storage that every node sees.
+
+    ``keys`` is kind -> key of its part files, for kinds that have another one than ``key``; ``real`` is the `real` table, for kinds that
+    need it, and ``strength`` is that of ``csm.mixing.mix``.
+    """
 
     plan: Path
     generator: Path
@@ -37,6 +43,9 @@ class MixJob:
     device: str = "cpu"
     precision: Precision = "auto"
     compiled: bool = False
+    real: Path | None = None
+    strength: float = 1.0
+    keys: Mapping[str, str] = field(default_factory=dict)
 
 
 class MixShards(ShardWorker):
@@ -57,23 +66,30 @@ class MixShards(ShardWorker):
         job = self.job
         return accelerate(load_generator(job.generator), job.device, job.precision, job.compiled)
 
+    @cached_property
+    def real(self) -> TrainingImages | None:
+        return TrainingImages(self.job.real, self.job.shape) if self.job.real else None
+
     def work(self, shard: int) -> list[dict[str, Any]]:
         job = self.job
         if shard not in job.shards:
             return []
         plan = read_plan(job.plan, shard)
-        if finished_shards(job.mixed, job.key, {shard: len(plan)}):  # by a worker that died later, in the same block of shards
+        kind = plan["kind"][0]
+        part, key = part_name("mixed", kind), job.keys.get(kind, job.key)
+        if finished_shards(job.mixed, key, {shard: len(plan)}):  # by a worker that died later, in the same block of shards
             path = part_path(job.mixed, shard)
             written = Written(storage.file_digest(path), path.stat().st_size)
-            return [make_receipt("mixed", shard, len(plan), written, job.key, 0.0)]
+            return [make_receipt(part, shard, len(plan), written, key, 0.0)]
         with self._turn:
             started = time.monotonic()
-            finish = start_mixing(plan, self.generator, job.shape, job.sampler, job.batch_size, job.operator)
+            generator = self.generator if kind in GENERATED else None
+            finish = start_mixing(plan, generator, job.shape, job.sampler, job.batch_size, job.operator, self.real, job.strength)
         frame = finish()
         done = time.monotonic()
         seconds, self._free = max(0.0, done - max(started, self._free)), done
-        written = write_part(frame, job.mixed, shard, tables.MIXED, job.key)
-        return [make_receipt("mixed", shard, len(frame), written, job.key, seconds)]
+        written = write_part(frame, job.mixed, shard, tables.MIXED, key)
+        return [make_receipt(part, shard, len(frame), written, key, seconds)]
 
 
 def process_shards(

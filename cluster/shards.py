@@ -73,12 +73,13 @@ def finished_shards(directory: Path, key: str, rows: Mapping[int, int]) -> set[i
         return {shard for shard, finished in zip(rows, readers.map(is_finished, rows), strict=True) if finished}
 
 
-def plan_shards(plan: Path) -> dict[int, int]:
-    """Shard -> rows of the plan, in order."""
-    counts = pl.scan_parquet(local(plan)).group_by("shard").len().sort("shard").collect()
+def plan_shards(plan: Path, kind: str | None = None) -> dict[int, int]:
+    """Shard -> rows of the plan, in order; of ``kind`` alone if it is given."""
+    counts = tables.plan_rows(pl.scan_parquet(local(plan)), kind).group_by("shard").len().sort("shard").collect()
     return dict(zip(counts["shard"].to_list(), counts["len"].to_list(), strict=True))
 
 
 def read_plan(plan: Path, shard: int) -> pl.DataFrame:
     """The rows of one shard, in plan order; only the row groups that hold it are read."""
-    return tables.check(pl.scan_parquet(local(plan)).filter(pl.col("shard") == shard).collect(), tables.PLAN, str(plan))
+    rows = tables.plan_rows(pl.scan_parquet(local(plan))).filter(pl.col("shard") == shard).collect()
+    return tables.check(rows, tables.PLAN, str(plan))

@@ -1,4 +1,7 @@
-"""The mixed set as files that other programs read: image folder, WebDataset, Hugging Face parquet; each with its soft labels."""
+"""Mixed images as files that other programs read: image folder, WebDataset, Hugging Face parquet; each with its soft labels.
+
+Images of another kind are written in the same way.
+"""
 
 import io
 import json
@@ -43,6 +46,7 @@ class Card:
         plan, mix: settings of pairs, ratios and seed, and of the solver.
         annotator: whose soft labels they are, with its ``calibration``; None: no labels.
         digests: stage -> digest of what it made.
+        kind: of the images, of ``tables.KINDS``.
     """
 
     csm: str
@@ -59,6 +63,7 @@ class Card:
     annotator: str | None
     calibration: Calibration | None
     digests: dict[str, str]
+    kind: str = "semantic"
 
 
 class Format(NamedTuple):
@@ -225,18 +230,32 @@ def _write_readme(directory: Path, pieces: Sequence[str], card: Card) -> None:
     front = {"task_categories": ["image-classification"], "configs": [{"config_name": "default", "data_files": [split]}]}
     height, width, channels = card.shape
     made = (
-        f"{card.rows:,} {'grey' if channels == 1 else 'colour'} images of {width} x {height} pixels, each between two of "
-        f"{len(card.class_names)} classes, made by semantic mixing (Luo et al., ICML 2025): csm {card.csm}, configuration "
-        f"`{card.config}`, generator `{card.generator}`."
+        f"{card.rows:,} {'grey' if channels == 1 else 'colour'} images of {width} x {height} pixels of "
+        f"{len(card.class_names)} classes, {_MADE[card.kind]}: csm {card.csm}, configuration `{card.config}`, generator "
+        f"`{card.generator}`."
     )
     items = [
         "- `lam`: share of `class_a` that went into the image; the rest is `class_b`.",
-        "- `mix_id`: names the image; where only the last number differs, the images were made from one noise.",
+        f"- `mix_id`: names the image{_SHARED.get(card.kind, '')}.",
         *_describe_labels(card),
     ]
+    title = "Mixed" if card.kind == "semantic" else card.kind.capitalize()
     header = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
-    paragraphs = [f"# Mixed images of {card.dataset}", made, "\n".join(items), f"Settings and digests: `{CARD}`."]
+    paragraphs = [f"# {title} images of {card.dataset}", made, "\n".join(items), f"Settings and digests: `{CARD}`."]
     write_text(directory / "README.md", "\n".join([header, *(f"{paragraph}\n" for paragraph in paragraphs)]))
+
+
+_MADE = {
+    "semantic": "each between two of them, made by semantic mixing (Luo et al., ICML 2025)",
+    "unmixed": "each of one of them, made by the generator",
+    "pixel": "each a mixture of two training images, pixel by pixel",
+    "noised": "each a training image, noised and denoised as a mixture of two of them (SDEdit, Meng et al., ICLR 2022)",
+    "real": "the training images as they are",
+}
+_SHARED = {
+    kind: f"; where only the last number differs, the images were made from {source}"
+    for kind, source in {"semantic": "one noise", "pixel": "the same two", "noised": "one noise"}.items()
+}
 
 
 def _describe_labels(card: Card) -> list[str]:

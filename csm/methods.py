@@ -1,4 +1,4 @@
-"""What distinguishes one training from another: losses, mixing, and the term on semantic mixtures."""
+"""What distinguishes one training from another: losses, mixing, and the term on made images."""
 
 import math
 from dataclasses import asdict
@@ -13,13 +13,14 @@ Ramp = Literal["constant", "linear-up", "linear-down", "cosine-up", "cosine-down
 
 @dataclass(frozen=True, config=STRICT)
 class MixedTerm:
-    """The term on mixed images: weight * loss(soft labels of an annotator).
+    """The term on mixed images, or on those that take their place: weight * loss(soft labels of an annotator).
 
     Attributes:
         annotator: whose soft labels; None: of the one that the configuration names for all methods.
         loss: name in ``csm.losses.SOFT``.
         weight: of the term, at its highest.
-        schedule: which mixed images, name in ``csm.schedules.SCHEDULES``.
+        images: kind of images, see ``csm.tables.KINDS``: "semantic" mixtures, or what these are compared with.
+        schedule: which of them, name in ``csm.schedules.SCHEDULES``.
         per_real: mixed images for each real one.
         sets: of each pair only its first so many sets are drawn from, as if the plan had no more; None: all of them.
         temperature: the soft labels q become q^(1/T), normalised: above 1 they soften, below 1 they sharpen.
@@ -32,6 +33,7 @@ class MixedTerm:
     annotator: str | None = None
     loss: str = "l2"
     weight: float = Field(default=1.0, ge=0)
+    images: str = "semantic"
     schedule: str = "pair"
     per_real: int = Field(default=2, ge=1)
     sets: int | None = Field(default=None, ge=1)
@@ -40,6 +42,11 @@ class MixedTerm:
     ramp_epochs: int | None = Field(default=None, ge=1)
     off_after: int | None = Field(default=None, ge=0)
     warm_start: int = Field(default=0, ge=0)
+
+    @property
+    def is_semantic(self) -> bool:
+        """Whether it is of images between classes that a generator made: the product's own idea, not what that is compared with."""
+        return self.images == "semantic" and self.schedule != "endpoints"
 
     def weight_at(self, epoch: float, epochs: int) -> float:
         """The weight at ``epoch`` of ``epochs``, which counts from 0 and has a fraction between two epochs."""
@@ -65,7 +72,7 @@ class Method:
         description: one line for the report.
         loss: name in ``csm.losses.HARD`` for the real images, ``parameters`` its settings.
         mixing: of the real images with each other, or none.
-        mixed: the term on semantically mixed images, or none.
+        mixed: the term on mixed images, or none.
         members: classifiers with initialisations and orders of their own whose mean probability is the prediction: a deep ensemble
             (Lakshminarayanan et al. 2017).
         optimizer: settings of ``csm.optimization.OptimizerConfig`` that this method has in place of those of all methods.

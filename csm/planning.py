@@ -1,7 +1,8 @@
 """The plan: one row for every image that will be mixed."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,9 +17,15 @@ from csm import storage, tables
 from csm.errors import InputError
 from csm.noise import mix_seeds
 from csm.pairs import Pairs, all_pairs, listed_pairs
+from csm.parameters import check_name
 from csm.plan_rules import pair_policy
 
 MEASURED = ("confusion", "prototypes")  # policies whose pairs are chosen by what fitted annotators say
+SEMANTIC, REAL = "semantic", "real"  # kinds: those that are planned unless others are asked for, and those that no pair makes
+DIGESTS = "csm.digests"  # in the footer of a plan: kind -> digest of its rows
+SHARDS_OF_KIND = (
+    10_000_000  # each kind has numbers of its own, so that its part files stay where they are, whatever else is planned
+)
 CHUNK_ROWS = 65536  # of a row group, about: what a reader of one shard decodes
 
 
@@ -38,6 +45,10 @@ class PlanConfig:
         sets_per_pair: number of initial noises for each pair, see ``sets``.
         shard_rows: rows of a shard, the unit of work; whole sets.
         seed: another seed gives other noises and other ids.
+        kinds: of images to make, see ``tables.KINDS``: "semantic" mixtures; and for comparison, of the same pairs, sets and ratios,
+            "unmixed" (images of one class each, the nearer one, from noises of their own), "pixel" (two training images mixed pixel by
+            pixel) and "noised" (a training image of the nearer class, noised and denoised as the mixture), and "real" (every training
+            image as it is).
     """
 
     pairs: Literal["auto", "all", "confusion", "prototypes"] | tuple[tuple[int | str, int | str], ...] = "auto"
@@ -48,6 +59,7 @@ class PlanConfig:
     sets_per_pair: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] = "auto"
     shard_rows: int = Field(default=2048, ge=1)
     seed: int = Field(default=0, ge=0)
+    kinds: tuple[str, ...] = (SEMANTIC,)
 
     @property
     def sets(self) -> int:
@@ -92,63 +104,140 @@ def ratio_grid(config: PlanConfig) -> npt.NDArray[np.float32]:
     return listed
 
 
-def make_plan(n_classes: int, dataset: str, generator: str, config: PlanConfig, pairs: Pairs | None = None) -> pl.DataFrame:
+def check_kinds(kinds: Sequence[str]) -> None:
+    """``InputError`` unless ``kinds`` are different ones of ``tables.KINDS``, at least one."""
+    for kind in kinds:
+        check_name("plan.kinds", kind, tables.KINDS)
+    if not kinds or len(set(kinds)) < len(kinds):
+        raise InputError(f"plan.kinds: expected different kinds of images, at least one, got {list(kinds)}")
+
+
+def make_plan(
+    n_classes: int,
+    dataset: str,
+    generator: str,
+    config: PlanConfig,
+    pairs: Pairs | None = None,
+    labels: npt.NDArray[np.integer] | None = None,
+) -> pl.DataFrame:
     """Return the `plan` table, a pure function of its arguments; ``write_plan`` writes one that memory need not hold.
 
-    Rows are ordered by group, then pair, then step, so that an unfinished run already covers all pairs. A ``mix_id`` is a pure function
-    of (dataset, generator, config.seed, class_a, class_b, group, step) and of the ratios, if they are not evenly spaced: more sets or
-    other pairs later keep the ids, seeds and pictures of the first. The ratios have no part in a seed.
+    Rows are ordered by kind, as in ``tables.KINDS``, then group, pair and step, so that an unfinished run already covers all pairs. A
+    ``mix_id`` is a pure function of (dataset, generator, config.seed, class_a, class_b, group, step), of the ratios, if they are not evenly
+    spaced, and of the kind, if that is not "semantic": more sets, other pairs or other kinds later keep the ids, seeds and pictures of the
+    first. The ratios have no part in a seed.
 
     Args:
         n_classes: K >= 2.
         dataset, generator: digests of the data set and of the generator.
         config: what to plan.
         pairs: in place of those of ``config.pairs``; needed where that is one of ``MEASURED``.
+        labels: (N,) of the train split in order of image_id; needed for the kind "real".
 
     Raises:
-        InputError: a pair names an unknown class, twice the same class, or stands twice; or the ratios cannot be used.
+        InputError: a pair names an unknown class, twice the same class, or stands twice; or the ratios or kinds cannot be used.
     """
     if pairs is None:
         policy = pair_policy(n_classes) if config.pairs == "auto" else config.pairs
         if policy in MEASURED:
             raise ValueError(f"pairs: expected those that were chosen by {policy}, got None")
         pairs = all_pairs(n_classes) if isinstance(policy, str) else listed_pairs(policy, n_classes)
-    return pl.concat(_chunks(pairs, dataset, generator, config))
+    return pl.concat(_chunks(pairs, dataset, generator, config, labels))
 
 
-def write_plan(path: Path, pairs: Pairs, dataset: str, generator: str, config: PlanConfig) -> tuple[int, str]:
+def write_plan(
+    path: Path,
+    pairs: Pairs,
+    dataset: str,
+    generator: str,
+    config: PlanConfig,
+    labels: npt.NDArray[np.integer] | None = None,
+) -> tuple[int, str]:
     """Write what ``make_plan`` returns to ``path``, in pieces of whole shards, and return its rows and its ``plan_digest``.
 
     A row group of the file holds whole shards, about ``CHUNK_ROWS`` rows. Time and disk grow with the plan, memory does not.
     """
-    rows = len(pairs) * config.sets * len(ratio_grid(config))
-    digest = hashlib.blake2b((8 * rows).to_bytes(8, "little"), digest_size=8)  # plan_digest's first part, which is here in pieces
-    with tables.in_pieces(path, tables.PLAN) as write:
-        for chunk in _chunks(pairs, dataset, generator, config):
+    rows = planned_images(config, len(pairs), 0 if labels is None else len(labels))
+    # The first part of each digest, which is here in pieces.
+    hashes = {kind: hashlib.blake2b((8 * count).to_bytes(8, "little"), digest_size=8) for kind, count in rows.items()}
+    footer: dict[str, str] = {}
+    with tables.in_pieces(path, tables.PLAN, footer) as write:
+        for chunk in _chunks(pairs, dataset, generator, config, labels):
             write(chunk)
-            digest.update(chunk.hash_rows(seed=0).to_numpy().tobytes())
-    for name in tables.PLAN:
-        digest.update(len(name).to_bytes(8, "little") + name.encode())
-    return rows, digest.hexdigest()
+            hashes[chunk["kind"][0]].update(chunk.select(_DIGESTED).hash_rows(seed=0).to_numpy().tobytes())
+        for name in _DIGESTED:
+            for part in hashes.values():
+                part.update(len(name).to_bytes(8, "little") + name.encode())
+        digests = {kind: part.hexdigest() for kind, part in hashes.items()}
+        footer[DIGESTS] = json.dumps(digests)
+    return sum(rows.values()), _joined(digests)
+
+
+def planned_images(config: PlanConfig, pairs: int, real: int) -> dict[str, int]:
+    """Kind -> rows of a plan of so many ``pairs``, of a data set with ``real`` training images."""
+    of_sets = pairs * config.sets * len(ratio_grid(config))
+    return {kind: real if kind == REAL else of_sets for kind in tables.KINDS if kind in config.kinds}
 
 
 def plan_digest(plan: pl.DataFrame) -> str:
-    """Identifies a plan by every value of every row."""
-    return storage.bytes_digest(*(plan.hash_rows(seed=0).to_numpy().tobytes(), *(name.encode() for name in plan.columns)))
+    """Identifies a plan by every value of every row. One of semantic mixtures alone has the digest that it had before there were kinds."""
+    parts = {part["kind"][0]: part.select(_DIGESTED) for part in plan.partition_by("kind")}
+    names = [name.encode() for name in _DIGESTED]
+    return _joined(
+        {kind: storage.bytes_digest(part.hash_rows(seed=0).to_numpy().tobytes(), *names) for kind, part in parts.items()}
+    )
 
 
-def _chunks(pairs: Pairs, dataset: str, generator: str, config: PlanConfig) -> Iterator[pl.DataFrame]:
+def kind_digests(plan: Path) -> dict[str, str]:
+    """Kind -> what identifies its rows of the plan that ``write_plan`` wrote; {} for one of a version that knew no kinds."""
+    digests: dict[str, str] = json.loads((tables.metadata(plan) or {}).get(DIGESTS, "{}"))
+    return digests
+
+
+def _joined(digests: Mapping[str, str]) -> str:
+    """The digest of a plan, by those of its kinds."""
+    return digests[SEMANTIC] if list(digests) == [SEMANTIC] else storage.digest(dict(digests))
+
+
+_DIGESTED = [name for name in tables.PLAN if name != "kind"]
+
+
+def _chunks(
+    pairs: Pairs, dataset: str, generator: str, config: PlanConfig, labels: npt.NDArray[np.integer] | None
+) -> Iterator[pl.DataFrame]:
     """The plan's rows in order, whole shards at a time."""
+    check_kinds(config.kinds)
+    for number, kind in enumerate(tables.KINDS):
+        if kind not in config.kinds:
+            continue
+        key = (dataset, generator, config.seed) if kind == SEMANTIC else (dataset, generator, config.seed, kind)
+        if kind == REAL:
+            if labels is None:
+                raise ValueError("labels: kind real needs those of the train split, got None")
+            chunks = _real_chunks(labels, storage.digest(*key), config.shard_rows)
+        else:
+            chunks = _set_chunks(pairs, key, config, alone=kind == "unmixed")
+        for chunk in chunks:
+            if chunk["shard"][-1] >= SHARDS_OF_KIND:
+                raise InputError(f"plan.shard_rows: the plan has more than {SHARDS_OF_KIND:,} shards: give it more rows a shard")
+            rows = chunk.with_columns(pl.col("shard") + number * SHARDS_OF_KIND, kind=pl.lit(kind))
+            yield rows.select(pl.col(name).cast(dtype) for name, dtype in tables.PLAN.items())
+
+
+def _set_chunks(pairs: Pairs, key: tuple[str | int, ...], config: PlanConfig, alone: bool) -> Iterator[pl.DataFrame]:
+    """Rows of sets, whole shards at a time, which count from 0. ``alone``: of one class each, and every row has a noise of its own."""
     ratios = ratio_grid(config)
     steps = len(ratios)
-    seed_key = storage.digest(dataset, generator, config.seed)
+    seed_key = storage.digest(*key)
     uniform = np.array_equal(ratios, np.linspace(0.0, 1.0, steps, dtype=np.float32))
-    id_key = seed_key if uniform else storage.digest(dataset, generator, config.seed, ratios.tolist())
+    id_key = seed_key if uniform else storage.digest(*key, ratios.tolist())
     sets_per_shard = max(1, config.shard_rows // steps)
     sets_per_chunk = sets_per_shard * max(1, CHUNK_ROWS // (sets_per_shard * steps))
     for start in range(0, len(pairs) * config.sets, sets_per_chunk):
         number = np.arange(start, min(start + sets_per_chunk, len(pairs) * config.sets))
-        group, (class_a, class_b) = number // len(pairs), pairs[number % len(pairs)].T
+        group, pair = np.divmod(number, len(pairs))
+        class_a, class_b = pairs[pair].T
+        step, of_set = np.tile(np.arange(steps), len(number)), np.repeat(np.arange(len(number)), steps)
         sets = pl.DataFrame(
             {
                 "shard": number // sets_per_shard,
@@ -158,9 +247,31 @@ def _chunks(pairs: Pairs, dataset: str, generator: str, config: PlanConfig) -> I
                 "class_b": class_b,
             }
         ).with_columns(pl.format("{}-{}-{}-{}-", pl.lit(id_key), "class_a", "class_b", "group").alias("mix_id"))
-        rows = sets[np.repeat(np.arange(len(number)), steps)].with_columns(
-            pl.Series("step", np.tile(np.arange(steps, dtype=np.uint8), len(number))),
-            pl.Series("lam", np.tile(ratios, len(number))),
-        )
-        rows = rows.with_columns(pl.concat_str("mix_id", pl.col("step").cast(pl.String)))
-        yield rows.select(pl.col(name).cast(dtype) for name, dtype in tables.PLAN.items())
+        rows = sets[of_set].with_columns(step=pl.Series(step.astype(np.uint8)), lam=pl.Series(np.tile(ratios, len(number))))
+        if alone:
+            seeds = mix_seeds(int(seed_key, 16), *(values[of_set] for values in (class_a, class_b, group)), step)
+            nearer = nearer_a(rows["lam"].to_numpy(), (group + pair)[of_set])
+            rows = rows.with_columns(seed=pl.Series(seeds), lam=pl.Series(nearer.astype(np.float32)))
+        yield rows.with_columns(pl.concat_str("mix_id", pl.col("step").cast(pl.String)))
+
+
+def _real_chunks(labels: npt.NDArray[np.integer], key: str, shard_rows: int) -> Iterator[pl.DataFrame]:
+    """A row for each image of the train split, whole shards at a time, which count from 0."""
+    rows_per_chunk = shard_rows * max(1, CHUNK_ROWS // shard_rows)
+    for start in range(0, len(labels), rows_per_chunk):
+        number = np.arange(start, min(start + rows_per_chunk, len(labels)))
+        rows = pl.DataFrame(
+            {
+                "shard": number // shard_rows,
+                "group": number,
+                "seed": mix_seeds(int(key, 16), number),
+                "class_a": labels[number],
+                "class_b": labels[number],
+            }
+        ).with_columns(step=pl.lit(0), lam=pl.lit(1.0))
+        yield rows.with_columns(pl.format("{}-{}-{}-{}-0", pl.lit(key), "class_a", "class_b", "group").alias("mix_id"))
+
+
+def nearer_a(lam: npt.NDArray[np.float32], draw: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Whether class_a is the nearer end of ratios ``lam`` (N,); in the very middle it is where ``draw`` (N,) is odd."""
+    return np.where(lam == 0.5, draw % 2 == 1, lam > 0.5)

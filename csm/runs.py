@@ -1,8 +1,8 @@
 """One training run as files: what to train, from where, into which folder; resumable and done once."""
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from csm.errors import InputError
 from csm.locations import Location, listing, local
 from csm.methods import Method
 from csm.optimization import OptimizerConfig
+from csm.planning import SEMANTIC
 from csm.reannotation import Calibration, soft_labels, sparse_labels
 from csm.schedules import MixedSet
 from csm.training import OnEpoch, Split, Stream, fit, predict
@@ -27,12 +28,13 @@ STATE_SECONDS = 10.0  # between two saves of an unfinished training
 
 @dataclass(frozen=True)
 class MixedSource:
-    """Where the mixed images and their annotations lie."""
+    """Where the mixed images and their annotations lie, and of which kind they should be."""
 
     plan: Location
     mixed: Location
     annotations: Location
     calibration: Location
+    kind: str = SEMANTIC
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,10 @@ def fit_run(
         data = _dataset(spec.data, ("val", "test") if streamed else tables.SPLITS, stamp)
         real = streamed(spec.data, spec.seed, world) if streamed else data.split("train")
         source, info = spec.mixed, data.info
-        return data, real, _mixed_set(source, info.shape, info.n_classes, _stamp(*astuple(source))) if source else None
+        if source is None:
+            return data, real, None
+        read_from = _stamp(source.plan, source.mixed, source.annotations, source.calibration)
+        return data, real, _mixed_set(source, info.shape, info.n_classes, read_from)
 
     data, real, mixed = together(images, world)
     classifier = new_classifier(spec, data)
@@ -240,17 +245,22 @@ def _dataset(directory: Path, splits: tuple[str, ...], stamp: Stamp) -> RealData
 
 @lru_cache(maxsize=2)
 def _mixed_set(source: MixedSource, shape: tuple[int, int, int], n_classes: int, stamp: Stamp) -> MixedSet:
-    """Read once for all runs of a process that share a source."""
-    plan = tables.read(source.plan, tables.PLAN)
-    mixed = _read_parts(source.mixed, lambda part: tables.read(part, tables.MIXED))
-    annotations = _read_parts(source.annotations, lambda part: tables.read_annotations(part, n_classes))
+    """Read once for all runs of a process that share a source; of its folders only the part files of its kind."""
+    plan = tables.read_plan(source.plan, source.kind)
+    if plan.is_empty():
+        raise InputError(f"{source.plan} plans no {source.kind} images: run csm plan again")
+    shards = frozenset(plan["shard"].to_list())
+    mixed = _read_parts(source.mixed, lambda part: tables.read(part, tables.MIXED), shards)
+    annotations = _read_parts(source.annotations, lambda part: tables.read_annotations(part, n_classes), shards)
     calibration = storage.read_record(source.calibration, Calibration)
     read = sparse_labels if "classes" in annotations.columns else soft_labels
     return MixedSet.join(plan, mixed, read(plan, annotations, n_classes, calibration), shape, n_classes)
 
 
-def _read_parts(directory: Path, read: Callable[[Path], pl.DataFrame]) -> pl.DataFrame:
+def _read_parts(directory: Path, read: Callable[[Path], pl.DataFrame], shards: Collection[int]) -> pl.DataFrame:
+    """Those part files of ``shards`` that are there, in their order."""
     parts = sorted(local(directory).glob("part-*.parquet")) if directory.is_dir() else []
+    parts = [part for part in parts if int(part.stem.removeprefix("part-")) in shards]
     if not parts:
         raise InputError(f"{directory} holds no part file: run csm mix and csm annotate first")
     return pl.concat([read(part) for part in parts])

@@ -14,13 +14,13 @@ from csm.sparse_labels import SparseLabels
 
 @dataclass(frozen=True)
 class MixedSet:
-    """Mixed images with their soft labels, ordered so that a set is a row.
+    """Images of one kind with their soft labels, ordered so that a set is a row.
 
     Attributes:
         images: uint8 (M, C, H, W).
         labels: soft labels float32 (M, K), or what stands for them.
         rows: int64 (S, R): index into ``images`` of set s at its r-th ratio.
-        class_a, class_b: int64 (S,), the pair of each set.
+        class_a, class_b: int64 (S,), the pair of each set; real images are sets of one, of the same class twice.
         ratios: float32 (R,), rising shares of class_a, with or without the ends 0 (class_b) and 1 (class_a).
     """
 
@@ -38,7 +38,7 @@ class MixedSet:
         """Join on ``mix_id``; nothing is read from a row's position.
 
         Args:
-            plan: the `plan` table.
+            plan: rows of the `plan` table, of one kind.
             mixed: the `mixed` table.
             labels: of ``soft_labels``, or of ``sparse_labels``.
             shape: (H, W, C).
@@ -47,6 +47,8 @@ class MixedSet:
         Raises:
             InputError: a planned image or its label is missing, or stands twice.
         """
+        if plan["kind"].n_unique() > 1:
+            raise ValueError(f"plan: expected rows of one kind, got {plan['kind'].unique().to_list()}")
         table = plan.join(mixed, on="mix_id", how="inner").join(labels, on="mix_id", how="inner")
         missing = len(plan) - table["mix_id"].n_unique()
         if missing:
@@ -113,7 +115,9 @@ class Schedule:
         self._mixed = mixed
         holds = [((mixed.class_a == k) | (mixed.class_b == k)).nonzero().flatten() for k in range(n_classes)]
         self._sizes = torch.tensor([len(sets) for sets in holds])
-        self._inner = ((mixed.ratios > 0) & (mixed.ratios < 1)).nonzero().flatten()  # steps that are mixtures of both classes
+        is_inner = (mixed.ratios > 0) & (mixed.ratios < 1)
+        self._inner = is_inner.nonzero().flatten()  # steps that are mixtures of both classes
+        self._ends = (~is_inner).nonzero().flatten()
         self._sets = torch.nn.utils.rnn.pad_sequence(holds, batch_first=True)  # (K, most sets of a class)
         if rule == "ambiguity":
             self._ambiguity = _entropies(mixed.labels).double().cumsum(dim=0).cpu()  # (M,)
@@ -144,9 +148,19 @@ class Schedule:
 
     def interior(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Any image that is a mixture of both classes: not an endpoint of its set."""
-        rows = self._mixed.rows[:, self._inner].flatten()
-        if len(rows) == 0:
+        if len(self._inner) == 0:
             raise InputError("schedule 'interior' needs plan.ratios of at least 3, or a list with one between 0 and 1")
+        return self._any_of(self._inner, labels, generator)
+
+    def endpoints(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Any image at an end of its set, where one class alone went in."""
+        if len(self._ends) == 0:
+            raise InputError("schedule 'endpoints' needs plan.ratios that begin with 0 or end with 1")
+        return self._any_of(self._ends, labels, generator)
+
+    def _any_of(self, steps: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Any image of ``steps``."""
+        rows = self._mixed.rows[:, steps].flatten()
         return rows[torch.randint(0, len(rows), (len(labels) * self._per_real,), generator=generator)]
 
     def ambiguity(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -186,5 +200,8 @@ SCHEDULES: dict[str, Callable[[Schedule, torch.Tensor, torch.Generator], torch.T
     "pair": Schedule.pair,
     "uniform": Schedule.uniform,
     "interior": Schedule.interior,
+    "endpoints": Schedule.endpoints,
     "ambiguity": Schedule.ambiguity,
 }
+OF_PAIRS = ("pair", "interior", "endpoints")  # schedules that ask for the ratio of a mixture
+WITHOUT_PAIRS = ("unmixed", "real")  # kinds of images that are no mixtures

@@ -34,15 +34,18 @@ REAL: Schema = {
     "label": pl.UInt16(),
     "image": pl.Binary(),  # raw uint8, height x width x channels
 }
+KINDS = ("semantic", "unmixed", "pixel", "noised", "real")  # of planned images: the mixtures, and what they are compared with
+KIND = pl.Enum(KINDS)
 PLAN: Schema = {
     "mix_id": pl.String(),
     "shard": pl.UInt32(),
-    "group": pl.UInt32(),  # index of the set within its pair
-    "seed": pl.Int64(),  # of the initial noise: one per set, so all ratios of a set start from the same noise
+    "group": pl.UInt32(),  # index of the set within its pair; of a real image its place in the train split, by image_id
+    "seed": pl.Int64(),  # of the initial noise: one per set, so all ratios of a set start from the same noise; of "unmixed" one per row
     "class_a": pl.UInt16(),
-    "class_b": pl.UInt16(),
+    "class_b": pl.UInt16(),  # above class_a, but of "real" the same
     "step": pl.UInt8(),
     "lam": pl.Float32(),  # share of class_a that goes in
+    "kind": KIND,  # one for all rows of a shard
 }
 MIXED: Schema = {"mix_id": pl.String(), "image": pl.Binary()}
 METRICS: Schema = {
@@ -187,8 +190,11 @@ def write_file(frame: pl.DataFrame, file: Path, metadata: dict[str, str] | None 
 
 
 @contextmanager
-def in_pieces(path: Path, schema: Schema) -> Iterator[Callable[[pl.DataFrame], None]]:
-    """Give a function that checks a frame and appends it as one row group; when the block ends well, ``path`` is there, whole."""
+def in_pieces(path: Path, schema: Schema, metadata: Mapping[str, str] | None = None) -> Iterator[Callable[[pl.DataFrame], None]]:
+    """Give a function that checks a frame and appends it as one row group; when the block ends well, ``path`` is there, whole.
+
+    The footer gets ``metadata`` as it is then.
+    """
 
     def arrow(frame: pl.DataFrame) -> Any:
         return check(frame, schema, str(path)).to_arrow(compat_level=pl.CompatLevel.oldest())
@@ -198,6 +204,7 @@ def in_pieces(path: Path, schema: Schema) -> Iterator[Callable[[pl.DataFrame], N
     form = arrow(pl.DataFrame(schema=dict(schema))).schema
     with replacing(path) as temporary, pq.ParquetWriter(temporary, form, compression="zstd", use_dictionary=repeated) as writer:
         yield lambda frame: writer.write_table(arrow(frame), row_group_size=len(frame))
+        writer.add_key_value_metadata(dict(metadata or {}))
 
 
 def read(path: Path, schema: Schema, columns: Sequence[str] | None = None, rows: tuple[int, int] | None = None) -> pl.DataFrame:
@@ -216,6 +223,18 @@ def read_annotations(path: Path, n_classes: int) -> pl.DataFrame:
     return check(frame, annotations(n_classes, classes.shape[0] if isinstance(classes, pl.Array) else None), str(path))
 
 
+def read_plan(path: Path, kind: str | None = None) -> pl.DataFrame:
+    """The `plan` table at ``path``, or its rows of ``kind`` alone; errors as of ``read``."""
+    return check(_collect(path, narrow=lambda scan: plan_rows(scan, kind)), PLAN, str(path))
+
+
+def plan_rows(scan: pl.LazyFrame, kind: str | None = None) -> pl.LazyFrame:
+    """The rows of a `plan` table, or those of ``kind`` alone. A plan of versions that knew no kinds is of semantic mixtures."""
+    if "kind" not in scan.collect_schema():
+        scan = scan.with_columns(kind=pl.lit("semantic", dtype=KIND))
+    return scan if kind is None else scan.filter(pl.col("kind") == kind)
+
+
 def read_sweep(path: Path) -> tuple[pl.DataFrame, list[str], list[str]]:
     """The `sweep` table at ``path``, its parameters and its metrics, the first objective first; errors as of ``read``."""
     frame = _collect(path)
@@ -224,11 +243,16 @@ def read_sweep(path: Path) -> tuple[pl.DataFrame, list[str], list[str]]:
     return check(frame, sweep(parameters, metrics), str(path)), list(parameters), metrics
 
 
-def _collect(path: Path, columns: Sequence[str] | None = None, rows: tuple[int, int] | None = None) -> pl.DataFrame:
+def _collect(
+    path: Path,
+    columns: Sequence[str] | None = None,
+    rows: tuple[int, int] | None = None,
+    narrow: Callable[[pl.LazyFrame], pl.LazyFrame] = lambda scan: scan,
+) -> pl.DataFrame:
     try:
         if not is_remote(path) and not path.is_file():
             raise FileNotFoundError
-        scan = pl.scan_parquet(io.BytesIO(read_bytes(path)) if is_remote(path) and rows is None else local(path))
+        scan = narrow(pl.scan_parquet(io.BytesIO(read_bytes(path)) if is_remote(path) and rows is None else local(path)))
         if columns is not None:
             scan = scan.select(columns)
         return (scan if rows is None else scan.slice(*rows)).collect()

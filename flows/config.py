@@ -17,11 +17,13 @@ from csm.generators.conditioning import OPERATORS
 from csm.generators.config import GeneratorConfig
 from csm.locations import is_remote
 from csm.methods import Method
+from csm.mixing import NOISED
 from csm.parameters import check_name, check_parameters
-from csm.planning import PlanConfig, ratio_grid
+from csm.planning import PlanConfig, check_kinds, ratio_grid
 from csm.posthoc import POSTHOC
 from csm.precision import Precision
 from csm.sampling import SamplerConfig
+from csm.tables import KINDS
 from flows.annotators import AnnotateConfig, check_annotators, check_asked, check_folder_name
 from flows.config_errors import explain
 from flows.config_layers import merge, nested, parse_override, read, read_bundled, without_defaults, without_null, without_space
@@ -42,6 +44,7 @@ class MixConfig:
         batch_size: rows that go through the generator together.
         operator: that mixes two classes, see ``OPERATORS``.
         precision, compile: of the generator's network, see ``accelerate``.
+        strength: noise level from which images of the kind "noised" are denoised again.
     """
 
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
@@ -49,6 +52,7 @@ class MixConfig:
     operator: str = "embedding"
     precision: Precision = "auto"
     compile: bool = False
+    strength: float = Field(default=1.0, gt=0)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -198,6 +202,12 @@ def _check_names(config: Config) -> Config:
         raise InputError(f"mix.sampler.sigma_min: expected less than sigma_max {sampler.sigma_max:g}, got {sampler.sigma_min:g}")
     check_name("mix.operator", config.mix.operator, OPERATORS)
     ratio_grid(config.plan)
+    check_kinds(config.plan.kinds)
+    if NOISED in config.plan.kinds and not sampler.sigma_min < config.mix.strength <= sampler.sigma_max:
+        raise InputError(
+            f"mix.strength: expected more than sigma_min {sampler.sigma_min:g} and no more than sigma_max {sampler.sigma_max:g} of "
+            f"mix.sampler, got {config.mix.strength:g}"
+        )
     if sampler.churn > 0 and sampler.solver != "heun":
         raise InputError(f"mix.sampler.churn: only solver heun adds noise, not {sampler.solver}; choose heun, or churn 0")
     annotate = check_annotators(config.annotate)
@@ -208,6 +218,7 @@ def _check_names(config: Config) -> Config:
         raise InputError(f"register.name: expected a name without {' '.join(REGISTRY_FORBIDS)}, got {config.register.name!r}")
     train = check_train(config.train, annotate)
     check_sets(train, config.plan)
+    _check_images(train, config.plan)
     annotate = check_teacher(train, annotate)
     shifts = {name: _check_shift(f"evaluate.shifts.{name}", name, shift) for name, shift in config.evaluate.shifts.items()}
     evaluate = replace(config.evaluate, shifts=shifts)
@@ -224,6 +235,15 @@ def check_sets(train: TrainConfig, plan: PlanConfig) -> None:
             raise InputError(
                 f"train.methods.{name}.mixed.sets: expected no more than the {plan.sets_per_pair} of plan.sets_per_pair, got {sets}"
             )
+
+
+def _check_images(train: TrainConfig, plan: PlanConfig) -> None:
+    """The images that chosen methods train on must be planned."""
+    asked = {name: method.mixed.images for name, method in train.chosen.items() if method.mixed}
+    needed = ", ".join(kind for kind in KINDS if kind in (*plan.kinds, *asked.values()))
+    for name, kind in asked.items():
+        if kind not in plan.kinds:
+            raise InputError(f"train.methods.{name}.mixed.images: {kind} images are not planned: --set 'plan.kinds=[{needed}]'")
 
 
 def _check_shift(where: str, name: str, shift: ShiftConfig) -> ShiftConfig:

@@ -1,7 +1,7 @@
 """What each stage of a configuration has to compute, in images that go through its network."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.resources import Group, Pool
@@ -10,7 +10,8 @@ from csm.methods import Method
 from csm.mixing import evaluations_per_image
 from csm.optimization import OptimizerConfig
 from csm.pixel_mixing import PIXEL_MIXING
-from csm.planning import MEASURED, ratio_grid
+from csm.planning import MEASURED, planned_images, ratio_grid
+from csm.sampling import SamplerConfig
 from flows.annotators import AUTO
 from flows.config import Config
 from flows.run import verb_stages
@@ -114,22 +115,32 @@ def _fit_annotators(config: Config, info: DatasetInfo) -> Load:
 
 
 def _mixing(config: Config, info: DatasetInfo) -> list[Load]:
+    """Mixing, where an image of another kind counts by its network evaluations next to a semantic mixture, and annotation."""
     plan, n = config.plan, info.n_classes
     ratios, possible = ratio_grid(config.plan), n * (n - 1) // 2
     chosen = plan.pairs in MEASURED
     pairs = min(possible, n * int(plan.pairs_per_class)) if chosen else possible if plan.pairs == "all" else len(plan.pairs)
-    images = pairs * plan.sets * len(ratios)
-    shard = min(images, max(1, plan.shard_rows // len(ratios)) * len(ratios))
+    of_sets = pairs * plan.sets * len(ratios)
+    shard = min(of_sets, max(1, plan.shard_rows // len(ratios)) * len(ratios))
     each = evaluations_per_image(config.mix.sampler, config.mix.operator, ratios.tolist())
+    weights = mixing_weights(plan.kinds, config.mix.sampler, config.mix.operator, ratios.tolist())
     most = "at most " if chosen else ""
-    what = f"{most}{images:,} images x {each:g} evaluations"
-    found = [_of_pool("mix", config.resources.mix, images, shard, what)]
+    images = of_sets * sum(weights.values())
+    what = f"{most}{images:,.0f} images x {each:g} evaluations"
+    found = [_of_pool("mix", config.resources.mix, images, shard if images else 0, what)]
     encoders = config.annotate.encoders_of(config.annotators)
     if encoders:
         auto = ", as if auto were all its candidates" if AUTO in config.annotators else ""
+        images = sum(planned_images(plan, pairs, info.counts["train"]).values())
         what = f"{most}{images:,} images through {', '.join(encoders)}{auto}"
         found.append(_of_pool("annotate", config.resources.annotate, images, shard, what))
     return found
+
+
+def mixing_weights(kinds: Sequence[str], sampler: SamplerConfig, operator: str, ratios: Sequence[float]) -> dict[str, float]:
+    """Kind -> network evaluations of one of its images, in those of a semantic mixture."""
+    each = evaluations_per_image(sampler, operator, ratios)
+    return {kind: evaluations_per_image(sampler, operator, ratios, kind) / each for kind in kinds}
 
 
 def _of_pool(stage: str, pool: Pool, images: float, longest: float, what: str) -> Load:

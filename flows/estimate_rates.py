@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from cluster.ledger import read_receipts
+from cluster.ledger import part_name, read_receipts
 from cluster.rates import in_threads, on_worker
 from csm import storage
 from csm.classifiers import ClassifierSpec
@@ -21,10 +21,11 @@ from csm.optimization import OptimizerConfig
 from csm.planning import ratio_grid
 from csm.rates import Source, encoding_rate, fitting_rate, mixing_rate, training_rate
 from csm.sampling import SamplerConfig
+from csm.tables import KINDS
 from flows import generator
 from flows.artifacts import Workspace
 from flows.config import Config, plain
-from flows.estimate_loads import Load, training_images
+from flows.estimate_loads import Load, mixing_weights, training_images
 from flows.fit_annotators import annotators
 from flows.folders import absolute_folders
 from flows.methods import TrainConfig, teacher_training
@@ -169,16 +170,24 @@ def _teacher_record(workspace: Workspace, config: Config) -> Recorded:
 
 
 def _mix_record(workspace: Workspace, config: Config) -> Recorded:
-    """Mixing with another solver or operator is scaled by the network evaluations."""
+    """Mixing with another solver or operator is scaled by the network evaluations, and images of another kind are weighted by theirs."""
     record, made = workspace.record("mix"), workspace.record("generator")
-    found = _receipts(workspace).get("mixed")
-    if record is None or made is None or found is None or not _same_generator(workspace, config):
+    if record is None or made is None or not _same_generator(workspace, config):
         return None
     if record.inputs["generator"] != made.digest:
         return None
-    images, seconds = found
     before, ratios = record.settings["mix"], ratio_grid(config.plan).tolist()
-    was = evaluations_per_image(SamplerConfig(**before["sampler"]), before["operator"], ratios)
+    sampler = SamplerConfig(**before["sampler"])
+    weights = mixing_weights(KINDS, sampler, before["operator"], ratios)
+    receipts = _receipts(workspace)
+    images = seconds = 0.0
+    for kind, weight in weights.items():
+        if weight:
+            rows, spent = receipts.get(part_name("mixed", kind), (0, 0.0))
+            images, seconds = images + rows * weight, seconds + spent
+    if not images:
+        return None
+    was = evaluations_per_image(sampler, before["operator"], ratios)
     now = evaluations_per_image(config.mix.sampler, config.mix.operator, ratios)
     return images, seconds * now / was, "" if now == was else f", scaled from {was:g} to {now:g} evaluations"
 

@@ -67,7 +67,12 @@ def split_logits(spec: RunSpec, split: str, n_classes: int) -> Split:
 def compared(config: Config) -> list[Method]:
     """The methods of the comparison, for tables and the report."""
     return [
-        Method(name, method.description or name, is_ours=method.mixed is not None, is_baseline=name == "cross-entropy")
+        Method(
+            name,
+            method.description or name,
+            is_ours=method.mixed is not None and method.mixed.is_semantic,
+            is_baseline=name == "cross-entropy",
+        )
         for name, method in config.train.chosen.items()
     ]
 

@@ -16,6 +16,8 @@ from csm import __version__, storage, tables
 from csm.datasets import RealDataset
 from csm.errors import InputError
 from csm.export import CARD, FORMATS, WORK, Card, encode, rows
+from csm.parameters import check_name
+from csm.planning import SEMANTIC
 from csm.reannotation import soft_labels
 from flows.artifacts import Workspace, differences, is_url, open_workspace
 from flows.config import Config, plain
@@ -30,7 +32,13 @@ NONE = "none"  # in place of an annotator: the ratios alone
 
 
 def export(
-    config: Config, root: Path, format_name: str, annotator: str | None, output: Path, shard_rows: int = 10_000
+    config: Config,
+    root: Path,
+    format_name: str,
+    annotator: str | None,
+    output: Path,
+    shard_rows: int = 10_000,
+    kind: str = SEMANTIC,
 ) -> dict[str, Any]:
     """Write the mixed set of the workspace at ``root`` to the folder ``output`` and return what ``--json`` prints.
 
@@ -41,6 +49,7 @@ def export(
         annotator: whose soft labels, or "none"; None: those of ``annotate.annotator``.
         output: new or empty, or what an interrupted export of the same left there, which goes on.
         shard_rows: images of one tar or parquet file.
+        kind: of the images, one of ``plan.kinds``.
 
     Raises:
         InputError: an unknown name, a stage that is not done, or an ``output`` that holds something else.
@@ -51,6 +60,7 @@ def export(
     allowed = tuple(dict.fromkeys((*config.annotators, *annotators(Workspace(root), config), NONE)))
     if annotator not in allowed:
         raise InputError(f"--annotator {annotator}: unknown; one of {', '.join(allowed)}")
+    check_name("--kind", kind, config.plan.kinds)
     if is_url(output):
         raise InputError(f"--output {output}: URLs are not supported yet; give a folder")
     needs = ("prepare", "generator", "plan", "mix") + (() if annotator == NONE else ("fit-annotators", "annotate"))
@@ -59,7 +69,7 @@ def export(
         require(context, "export", needs)
         annotator = resolve(workspace, annotator)
         digests = {name: record.digest for name in needs if (record := workspace.record(name))}
-        card = _card(context.resolved, workspace, digests, format_name, annotator, shard_rows)
+        card = _card(context.resolved, workspace, digests, format_name, annotator, shard_rows, kind)
         try:
             reused = not _open_output(output, card)
             if not reused:
@@ -73,6 +83,7 @@ def export(
             "workspace": str(root),
             "output": str(output),
             "format": format_name,
+            "kind": card.kind,
             "annotator": card.annotator,
             "rows": card.rows,
             "reused": reused,
@@ -80,13 +91,13 @@ def export(
 
 
 def _card(
-    config: Config, workspace: Workspace, digests: dict[str, str], format_name: str, annotator: str, shard_rows: int
+    config: Config, workspace: Workspace, digests: dict[str, str], format_name: str, annotator: str, shard_rows: int, kind: str
 ) -> Card:
     info = RealDataset.load_info(workspace.root)
     return Card(
         csm=__version__,
         format=format_name,
-        rows=sum(plan_shards(workspace.plan).values()),
+        rows=sum(plan_shards(workspace.plan, kind).values()),
         shard_rows=shard_rows,
         config=config.name,
         dataset=info.name,
@@ -98,6 +109,7 @@ def _card(
         annotator=None if annotator == NONE else annotator,
         calibration=None if annotator == NONE else calibration_of(workspace, annotator),
         digests=digests,
+        kind=kind,
     )
 
 
@@ -134,7 +146,7 @@ def _write(workspace: Workspace, output: Path, card: Card) -> None:
     form = FORMATS[card.format]
     starts = range(0, card.rows, card.shard_rows)
     pieces = [form.piece(number, len(starts)) for number in range(len(starts))]
-    sizes = plan_shards(workspace.plan)
+    sizes = plan_shards(workspace.plan, card.kind)
     read = lru_cache(maxsize=1)(partial(_read_shard, workspace, card))  # a shard may be the end of one piece and begin the next
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, task("export", card.rows) as progress:
 
@@ -156,7 +168,7 @@ def _write(workspace: Workspace, output: Path, card: Card) -> None:
 
 
 def _between(read: Callable[[int], pl.DataFrame], sizes: dict[int, int], start: int, stop: int) -> Iterator[pl.DataFrame]:
-    """Rows start..stop-1 of the whole plan, shard by shard; ``sizes`` is shard -> rows."""
+    """Rows start..stop-1 of the plan's rows of a kind, shard by shard; ``sizes`` is shard -> rows."""
     first = 0
     for shard, count in sizes.items():
         low, high = max(start - first, 0), min(stop - first, count)

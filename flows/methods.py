@@ -13,7 +13,8 @@ from csm.methods import Method
 from csm.optimization import OptimizerConfig
 from csm.parameters import check_name, check_parameters
 from csm.pixel_mixing import build_pixel_mixing
-from csm.schedules import SCHEDULES
+from csm.schedules import OF_PAIRS, SCHEDULES, WITHOUT_PAIRS
+from csm.tables import KINDS
 from flows.annotators import AnnotateConfig, check_asked, check_folder_name
 from flows.config_errors import explain
 
@@ -147,6 +148,12 @@ def _check_method(train: TrainConfig, name: str, method: Method, annotate: Annot
         build_pixel_mixing(method.mixing.kind, method.mixing.parameters, f"{where}.mixing")
     if method.mixed:
         check_name(f"{where}.mixed.loss", method.mixed.loss, SOFT)
+        check_name(f"{where}.mixed.images", method.mixed.images, KINDS)
         check_name(f"{where}.mixed.schedule", method.mixed.schedule, SCHEDULES)
+        if method.mixed.images in WITHOUT_PAIRS and method.mixed.schedule in OF_PAIRS:
+            raise InputError(
+                f"{where}.mixed.schedule: {method.mixed.images} images are no mixtures of pairs: take "
+                f"{' or '.join(name for name in SCHEDULES if name not in OF_PAIRS)}, not {method.mixed.schedule}"
+            )
         if name in train.chosen and method.mixed.annotator is not None:
             check_asked(annotate, f"{where}.mixed.annotator", method.mixed.annotator)

@@ -4,17 +4,22 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import polars as pl
 
 from cluster.attempts import Standing
-from cluster.ledger import finished_parts, open_ledger, part_bytes, read_receipts, spent
+from cluster.ledger import finished_parts, open_ledger, part_bytes, part_name, read_receipts, spent
 from cluster.mixing import MixJob, process_shards
 from cluster.shards import Receipt, part_path, plan_shards
+from csm import storage
 from csm.datasets import RealDataset
 from csm.generators import load_generator
 from csm.generators.conditioning import check_spherical
-from csm.mixing import evaluations_per_image
-from csm.planning import ratio_grid
+from csm.mixing import NOISED, evaluations_per_image, starting_at
+from csm.planning import SEMANTIC, kind_digests, ratio_grid
 from flows.artifacts import StageRecord, Workspace
+from flows.config import Config
 from flows.progress import task
 from flows.reuse import stale
 from flows.stages import Context, Losses, Made, Stage
@@ -26,9 +31,9 @@ def _run(context: Context, record: StageRecord) -> Made:
     from flows.annotate import annotate_jobs
 
     workspace, config = context.workspace, context.config
-    rows = plan_shards(workspace.plan)
+    rows, keys = plan_shards(workspace.plan), mixed_keys(workspace, record)
     receipts, files = read_receipts(workspace.root), part_bytes(workspace.mixed)
-    done = finished_parts(receipts, files, "mixed", workspace.mixed, record.fingerprint, rows)
+    done = finished(workspace, receipts, files, "mixed", workspace.mixed, keys)
     remove_other_parts(workspace.mixed, files, rows)
     todo = frozenset(rows) - done
     job = MixJob(
@@ -44,16 +49,23 @@ def _run(context: Context, record: StageRecord) -> Made:
         device="cuda" if config.resources.mix.gpus else "cpu",
         precision=config.mix.precision,
         compiled=config.mix.compile,
+        real=workspace.real.absolute(),
+        strength=config.mix.strength,
+        keys=keys,
     )
-    followers = annotate_jobs(context, record.fingerprint, todo) if stale(context, "fit-annotators") is None else []
+    followers = annotate_jobs(context, todo) if stale(context, "fit-annotators") is None else []
     if todo:
-        before, keys = (
-            spent(receipts, "mixed", done),
-            {"mixed": job.key, **{follower.name: follower.key for follower in followers}},
-        )
+        parts = {part_name("mixed", kind): key for kind, key in keys.items()}
+        before = sum(spent(receipts, part, done) for part in parts)
+        all_parts = parts | {follower.part: follower.key for follower in followers}
         work = partial(process_shards, job, followers, config.resources.mix, config.resources.annotate)
-        process(context, record, work, keys, {"mixed"}, "images", sum(rows.values()), sum(rows[shard] for shard in done), before)
-    per_image = evaluations_per_image(config.mix.sampler, config.mix.operator, ratio_grid(config.plan).tolist())
+        total, made = sum(rows.values()), sum(rows[shard] for shard in done)
+        process(context, record, work, all_parts, set(parts), "images", total, made, before)
+    per_image = sum(
+        evaluations_per_image(config.mix.sampler, config.mix.operator, ratio_grid(config.plan).tolist(), kind)
+        * sum(plan_shards(workspace.plan, kind).values())
+        for kind in config.plan.kinds
+    ) / sum(rows.values())
     context.tracker.log_metrics(f"stage {record.name} {record.fingerprint}", {"evaluations_per_image": per_image})
     return Made(sum(rows.values()), record.fingerprint)
 
@@ -122,28 +134,78 @@ def remove_other_parts(directory: Path, files: Collection[str], rows: Collection
 
 
 def _check(context: Context) -> None:
-    """The generator must know the operator, which is known once it is there."""
-    if context.config.mix.operator == "slerp" and (context.workspace.generator / "generator.json").is_file():
-        check_spherical(load_generator(context.workspace.generator))
+    """The generator must know the operator and, for images that start from real ones, the noise level, which is known once it is there."""
+    config, workspace = context.config, context.workspace
+    is_spherical, is_noised = config.mix.operator == "slerp", NOISED in config.plan.kinds
+    if not (is_spherical or is_noised) or not (workspace.generator / "generator.json").is_file():
+        return
+    generator = load_generator(workspace.generator)
+    if is_spherical:
+        check_spherical(generator)
+    if is_noised:
+        starting_at(config.mix.strength, config.mix.sampler, generator, RealDataset.load_info(workspace.root).shape)
 
 
-def missing_part(workspace: Workspace, part: str, directory: Path, key: str) -> Path | None:
+def _settings(config: Config) -> dict[str, Any]:
+    """Those that the images depend on."""
+    mix = asdict(config.mix)
+    return {"mix": mix if NOISED in config.plan.kinds else {key: value for key, value in mix.items() if key != "strength"}}
+
+
+def mixed_keys(workspace: Workspace, record: StageRecord) -> dict[str, str]:
+    """Kind -> key of its part files under ``record`` of the stage: of all that its images depend on, whatever else is planned.
+
+    That of semantic mixtures is the fingerprint which the record has if there are no other kinds.
+    """
+    keys = {}
+    for kind, digest in (kind_digests(workspace.plan) or {SEMANTIC: record.inputs["plan"]}).items():
+        mix = {name: value for name, value in record.settings["mix"].items() if name != "strength" or kind == NOISED}
+        keys[kind] = storage.digest(record.name, record.code_version, {"mix": mix}, {**record.inputs, "plan": digest})
+    return keys
+
+
+def finished(
+    workspace: Workspace, receipts: pl.DataFrame, files: Mapping[str, int], part: str, directory: Path, keys: Mapping[str, str]
+) -> set[int]:
+    """``finished_parts`` of the shards of every kind of ``keys``, each under its key."""
+    found = set[int]()
+    for kind, key in keys.items():
+        rows = plan_shards(workspace.plan, kind)
+        found |= finished_parts(receipts, files, part_name(part, kind), directory, key, rows)
+    return found
+
+
+def missing_part(workspace: Workspace, part: str, directory: Path, keys: Mapping[str, str]) -> Path | None:
     """The first part file that the plan asks for and that is not there as it should be; None if all are."""
-    rows = plan_shards(workspace.plan)
-    done = finished_parts(read_receipts(workspace.root), part_bytes(directory), part, directory, key, rows)
-    return next((part_path(directory, shard) for shard in rows if shard not in done), None)
+    done = finished(workspace, read_receipts(workspace.root), part_bytes(directory), part, directory, keys)
+    return next((part_path(directory, shard) for shard in plan_shards(workspace.plan) if shard not in done), None)
+
+
+def _missing(context: Context, record: StageRecord) -> Path | None:
+    workspace = context.workspace
+    return missing_part(workspace, "mixed", workspace.mixed, mixed_keys(workspace, record))
+
+
+def _keeps(context: Context, wanted: StageRecord) -> bool:
+    """Whether every image that is there is one of those that are wanted: other kinds may be made beside it."""
+    workspace, files = context.workspace, part_bytes(context.workspace.mixed)
+    keys = mixed_keys(workspace, wanted)
+    done = finished(workspace, read_receipts(workspace.root), files, "mixed", workspace.mixed, keys)
+    return set(files) <= {part_path(Path(), shard).name for shard in done}
 
 
 STAGE = Stage(
     name="mix",
     code_version=2,
     inputs=("prepare", "generator", "plan"),
-    settings=lambda config: {"mix": asdict(config.mix)},
+    settings=_settings,
     outputs=lambda workspace, config: [workspace.mixed],
-    missing=lambda context, record: missing_part(context.workspace, "mixed", context.workspace.mixed, record.fingerprint),
+    missing=_missing,
     check=_check,
     run=_run,
     costly=True,
+    grows=lambda before, after: {"mix": {**after["mix"], **before["mix"]}} == after,
+    keeps=_keeps,
 )
 
 

@@ -125,6 +125,7 @@ def calibrate(as_json: bool, debug: bool, **options: Any) -> None:
 @click.option("--model", metavar="M", help="The model: a folder, models:/NAME/VERSION or runs:/ID/model.  [default: --workspace]")
 @click.option("--tracking-uri", metavar="URI", help="The MLflow store of --model.  [default: MLFLOW_TRACKING_URI]")
 @click.option("--annotator", help="Whose soft labels; none: the ratios alone.  [default: annotate.annotator]")
+@click.option("--kind", default="semantic", show_default=True, help="Of the images, one of plan.kinds.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="A new or empty folder.")
 @click.option(
     "--shard-rows", type=click.IntRange(min=1), default=10000, show_default=True, help="Images of one tar or parquet file."
@@ -138,6 +139,7 @@ def export(
     model: str | None,
     tracking_uri: str | None,
     annotator: str | None,
+    kind: str,
     output: Path,
     shard_rows: int,
     as_json: bool,
@@ -153,7 +155,7 @@ def export(
     if format in MODEL_FORMATS:
         result = export_model(workspace, model, format, output, tracking_uri)
     else:
-        result = write(resolved, workspace, format, annotator, output, shard_rows)
+        result = write(resolved, workspace, format, annotator, output, shard_rows, kind)
     result["seconds"] = round(time.monotonic() - started, 3)
     click.echo(f"export: {result['output']}")
     if as_json:

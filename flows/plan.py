@@ -1,12 +1,13 @@
 """plan: one row for every image to mix."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from cluster.shards import plan_shards
-from csm.datasets import RealDataset
+from csm.datasets import DatasetInfo, RealDataset
 from csm.encoders import ENCODERS, Sources, encode
 from csm.pairs import (
     Pairs,
@@ -18,8 +19,9 @@ from csm.pairs import (
     prototype_distances,
 )
 from csm.plan_rules import AUTO, explain
-from csm.planning import MEASURED, ratio_grid, write_plan
+from csm.planning import MEASURED, REAL, SEMANTIC, PlanConfig, ratio_grid, write_plan
 from csm.reannotation.prototypes import class_prototypes
+from csm.training_images import TrainingImages
 from flows.artifacts import StageRecord
 from flows.config import Config, check_sets
 from flows.fit_teacher import members
@@ -31,13 +33,23 @@ def _run(context: Context, record: StageRecord) -> Made:
     config, path = context.resolved.plan, context.workspace.plan
     info = RealDataset.load_info(context.workspace.root)
     pairs = _pairs(context)
-    rows, digest = write_plan(path, pairs, info.digest, record.inputs["generator"], config)
-    of_all = f"{len(pairs):,} of {info.n_classes * (info.n_classes - 1) // 2:,} pairs"
-    ratios, shards = len(ratio_grid(config)), len(plan_shards(path))
-    say(f"  {rows:,} images: {of_all} x {config.sets} sets x {ratios} ratios, in {shards:,} shards")
+    labels = TrainingImages(context.workspace.real, info.shape).labels if REAL in config.kinds else None
+    rows, digest = write_plan(path, pairs, info.digest, record.inputs["generator"], config, labels)
+    say(f"  {rows:,} images: {_words(config, len(pairs), info)}, in {len(plan_shards(path)):,} shards")
     for line in explain(context.config.plan, info.n_classes, info.counts["train"], len(pairs)):
         say(f"  auto: {line}")
     return Made(rows, digest)
+
+
+def _words(config: PlanConfig, pairs: int, info: DatasetInfo) -> str:
+    """What is planned, for the user."""
+    of_all = f"{pairs:,} of {info.n_classes * (info.n_classes - 1) // 2:,} pairs"
+    sets = f"{of_all} x {config.sets} sets x {len(ratio_grid(config))} ratios"
+    if config.kinds == (SEMANTIC,):
+        return sets
+    of_sets = [kind for kind in config.kinds if kind != REAL]
+    parts = [f"{sets}, each {', '.join(of_sets)}"] if of_sets else []
+    return " and ".join([*parts, *([f"{info.counts['train']:,} real ones"] if REAL in config.kinds else [])])
 
 
 def _pairs(context: Context) -> Pairs:
@@ -79,8 +91,20 @@ def _check(context: Context) -> None:
 def _settings(config: Config) -> dict[str, Any]:
     """Those that the rows depend on; what other policies and grids need would only call a good plan out of date."""
     plan = config.plan
-    needed = {"pairs_per_class": plan.pairs in MEASURED, "grid": plan.grid != "uniform", "alpha": plan.grid == "beta"}
+    needed = {
+        "pairs_per_class": plan.pairs in MEASURED,
+        "grid": plan.grid != "uniform",
+        "alpha": plan.grid == "beta",
+        "kinds": plan.kinds != (SEMANTIC,),
+    }
     return {"plan": {name: value for name, value in asdict(plan).items() if needed.get(name, True)}}
+
+
+def _grows(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether only kinds of images were added, which leaves the rows of the others as they are."""
+    plans = [dict(settings["plan"]) for settings in (before, after)]
+    kinds = [set(plan.pop("kinds", (SEMANTIC,))) for plan in plans]
+    return plans[0] == plans[1] and kinds[0] <= kinds[1]
 
 
 STAGE = Stage(
@@ -94,6 +118,7 @@ STAGE = Stage(
     outputs=lambda workspace, config: [workspace.plan],
     check=_check,
     run=_run,
+    grows=_grows,
 )
 
 

@@ -10,9 +10,10 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from cluster.shards import part_path
+from cluster.shards import part_path, plan_shards, read_plan
 from csm import storage, tables
 from csm.datasets import DatasetInfo, RealDataset
+from csm.planning import SEMANTIC
 from csm.reannotation import soft_labels
 from flows import reporting
 from flows.artifacts import StageRecord, Workspace
@@ -107,15 +108,18 @@ class Said(NamedTuple):
 
 
 def _gallery(context: Context, info: DatasetInfo) -> list[reporting.MixedSet]:
-    """Sets of different pairs out of the first shard, spread over the pairs, with what each annotator says."""
+    """Sets of different pairs out of the first shard of mixtures, spread over the pairs, with what each annotator says."""
     workspace, config = context.workspace, context.config
-    mixed = tables.read(part_path(workspace.mixed, 0), tables.MIXED)
-    plan = tables.read(workspace.plan, tables.PLAN)
+    shard = next(iter(plan_shards(workspace.plan, SEMANTIC)), None)
+    if shard is None:
+        return []
+    mixed = tables.read(part_path(workspace.mixed, shard), tables.MIXED)
+    plan = read_plan(workspace.plan, shard)
     table = plan.join(mixed, on="mix_id", how="inner", maintain_order="left")
     said = {}
     for name in annotators(workspace, config):
         calibration = calibration_of(workspace, name)
-        annotations = tables.read_annotations(part_path(workspace.annotations(name), 0), info.n_classes)
+        annotations = tables.read_annotations(part_path(workspace.annotations(name), shard), info.n_classes)
         labels = soft_labels(plan, annotations, info.n_classes, calibration)
         raw = dict(annotations.select("mix_id", pl.col("lam_raw").clip(0, 1)).iter_rows())
         said[name] = Said(dict(labels.iter_rows()), raw, not calibration.pair)

@@ -8,8 +8,9 @@ import numpy as np
 import polars as pl
 import torch
 
-from cluster.shards import part_path
+from cluster.shards import part_path, plan_shards, read_plan
 from csm import storage, tables
+from csm.planning import SEMANTIC
 from csm.reannotation import Calibration, apply_calibration, describe, soft_labels
 from flows.artifacts import Workspace
 from flows.config import Config
@@ -36,7 +37,7 @@ class AnnotatorResult:
         pair_head: it knows only the two classes of a pair, so its NLL is that of two classes.
         images: held-out real images; ``nll_before`` without calibrator, ``nll`` of images that the calibrator was not fitted on, in nats.
         reliability: on the held-out images, raw and calibrated; None for one that knows only the pair, or is made of others.
-        curve: over the first shard of mixed images, by ratio.
+        curve: over the first shard of mixed images, by ratio; empty where none are planned.
     """
 
     name: str
@@ -53,11 +54,10 @@ class AnnotatorResult:
 
 def read_annotators(workspace: Workspace, config: Config, n_classes: int) -> list[AnnotatorResult]:
     """What the workspace holds of every annotator that was run."""
-    plan = tables.read(workspace.plan, tables.PLAN)
+    shard = next(iter(plan_shards(workspace.plan, SEMANTIC)), None)
     found = []
     for name in annotators(workspace, config):
         annotator, calibration = config.annotate.annotators[name], calibration_of(workspace, name)
-        annotations = tables.read_annotations(part_path(workspace.annotations(name), 0), n_classes)
         found.append(
             AnnotatorResult(
                 name=name,
@@ -69,10 +69,15 @@ def read_annotators(workspace: Workspace, config: Config, n_classes: int) -> lis
                 nll=calibration.nll,
                 note=calibration.note,
                 reliability=_held_out(workspace, name, calibration),
-                curve=by_ratio(confidences(plan, annotations, n_classes, calibration)),
+                curve=() if shard is None else _curve(workspace, name, shard, n_classes, calibration),
             )
         )
     return found
+
+
+def _curve(workspace: Workspace, name: str, shard: int, n_classes: int, calibration: Calibration) -> list[AtRatio]:
+    annotations = tables.read_annotations(part_path(workspace.annotations(name), shard), n_classes)
+    return by_ratio(confidences(read_plan(workspace.plan, shard), annotations, n_classes, calibration))
 
 
 def confidences(plan: pl.DataFrame, annotations: pl.DataFrame, n_classes: int, calibration: Calibration) -> pl.DataFrame:

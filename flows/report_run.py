@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cluster.ledger import read_receipts, spent
+from cluster.ledger import part_name, read_receipts, spent
 from cluster.shards import plan_shards
 from csm import __version__, storage
 from csm.calibrated import CalibratedSpec
@@ -63,9 +63,14 @@ def device_seconds(workspace: Workspace, config: Config) -> dict[str, float]:
     """Stage -> seconds that its workers were busy, times their devices."""
     found = {"train": training_spent(workspace, config)}
     if config.mixes and workspace.plan.is_file():
-        receipts, shards = read_receipts(workspace.root), plan_shards(workspace.plan)
-        found["mix"] = spent(receipts, "mixed", shards)
-        found["annotate"] = sum(spent(receipts, name, shards) for name in annotators(workspace, config))
+        receipts = read_receipts(workspace.root)
+        shards = {kind: plan_shards(workspace.plan, kind) for kind in config.plan.kinds}
+
+        def busy(part: str) -> float:
+            return sum(spent(receipts, part_name(part, kind), shards[kind]) for kind in shards)
+
+        found["mix"] = busy("mixed")
+        found["annotate"] = sum(busy(name) for name in annotators(workspace, config))
     return {stage: seconds for stage, seconds in found.items() if seconds > 0}
 
 

@@ -43,10 +43,11 @@ def run_stage(context: Context, name: str) -> None:
     outputs = stage.outputs(workspace, context.config)
     stage.check(context)
     if record is not None and (forced or record.fingerprint != wanted.fingerprint):
-        if stage.costly and not forced and any(_holds(path) for path in outputs):
+        keeps = not forced and (stage.incremental or (stage.keeps is not None and stage.keeps(context, wanted)))
+        if stage.costly and not forced and not keeps and any(_holds(path) for path in outputs):
             raise _replaces(context, name, _changes(record, wanted))
         context.whole -= {looked_at for looked_at in context.whole if looked_at[1] == name}
-        if forced or not stage.incremental:
+        if not keeps:
             workspace.drop(name, outputs)
         record = None
     spent = record.seconds if record else 0.0
@@ -140,7 +141,9 @@ def _own_changes(context: Context, name: str) -> list[str]:
     record, wanted = context.workspace.record(name), _wanted(context, context.stages[name])
     if record is None:
         return []
-    changed = differences(record.settings, wanted.settings)
+    changed = (
+        [] if context.stages[name].grows(record.settings, wanted.settings) else differences(record.settings, wanted.settings)
+    )
     return changed if record.code_version == wanted.code_version else [*changed, f"a newer {name}"]
 
 

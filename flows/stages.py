@@ -60,6 +60,8 @@ class Stage:
         unit: what its rows are, for the user.
         also_reads: files that it shows if they are there; other ones make its result stale.
         incremental: it knows itself which of its files are still good, so nothing is removed when its settings change.
+        grows: whether settings that it had and others that it has now differ only by what is added, so that no result is replaced.
+        keeps: whether all that it made is part of what a record asks for, so that nothing is removed for that; None: never.
     """
 
     name: str
@@ -76,6 +78,8 @@ class Stage:
     also_reads: Callable[[Workspace], list[Path]] = lambda workspace: []
     missing: Callable[["Context", StageRecord], Path | None] | None = None
     changed: Callable[["Context"], str | None] = lambda context: None
+    grows: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = lambda before, after: False
+    keeps: Callable[["Context", StageRecord], bool] | None = None
 
     def reads(self, config: Config) -> tuple[str, ...]:
         """Names of the stages whose results it reads under ``config``."""

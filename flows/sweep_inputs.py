@@ -71,7 +71,8 @@ def input_config(config: Config, values: Mapping[str, Any]) -> Config:
     if not any(corner.mixes for corner in corners):
         return base
     names = dict.fromkeys(name for corner in corners for name in corner.annotators)
-    methods = {f"sweep-{number}": {"mixed": asdict(MixedTerm(annotator=name))} for number, name in enumerate(names)}
+    terms = [MixedTerm(annotator=name, images=base.plan.kinds[0], schedule="uniform") for name in names]
+    methods = {f"sweep-{number}": {"mixed": asdict(term)} for number, term in enumerate(terms)}
     more = {f"train.methods.{name}": plain(method) for name, method in methods.items()}
     return base.with_values({**more, "train.compare": list(methods)})
 

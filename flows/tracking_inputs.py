@@ -9,6 +9,7 @@ from typing import Any
 
 from csm.datasets import DatasetInfo
 from csm.locations import is_remote
+from csm.planning import SEMANTIC
 from flows.masking import masked
 
 TRAINING = "training"
@@ -21,11 +22,12 @@ def real_input(info: DatasetInfo, folder: Path) -> dict[str, Any]:
     return _input(info.name, info.digest, folder / "real", profile, schema)
 
 
-def mixed_input(info: DatasetInfo, annotator: str, digest: str, images: int, folder: Path) -> dict[str, Any]:
-    """The mixed images in ``folder`` with the soft labels of ``annotator``, which ``digest`` identifies, as an input of a run."""
-    profile = {"images": images, "shape": info.shape, "classes": info.n_classes, "annotator": annotator}
+def mixed_input(info: DatasetInfo, kind: str, annotator: str, digest: str, images: int, folder: Path) -> dict[str, Any]:
+    """The images of ``kind`` in ``folder`` with the soft labels of ``annotator``, which ``digest`` identifies, as an input of a run."""
+    profile = {"images": images, "kind": kind, "shape": info.shape, "classes": info.n_classes, "annotator": annotator}
     schema = {"image": {"dtype": "uint8", "shape": info.shape}, "label": {"dtype": "float32", "shape": [info.n_classes]}}
-    return _input(f"{info.name} mixed, {annotator}", digest, folder, profile, schema)
+    name = "mixed" if kind == SEMANTIC else kind
+    return _input(f"{info.name} {name}, {annotator}", digest, folder, profile, schema)
 
 
 def _input(name: str, digest: str, folder: Path, profile: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """train: every method with every seed, in one Ray Train worker group."""
 
 from dataclasses import asdict, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def run_specs(context: Context) -> list[RunSpec]:
     workspace, config = context.workspace, context.config
     train = config.train
     info = RealDataset.load_info(workspace.root)
+    labelled = cache(partial(annotated, workspace, config))
     specs = []
     for seed in range(train.seeds):
         for name, method in train.chosen.items():
@@ -32,12 +34,13 @@ def run_specs(context: Context) -> list[RunSpec]:
             if method.mixed:
                 annotator = resolve(workspace, config.annotator_of(method))
                 method = replace(method, mixed=replace(method.mixed, annotator=annotator))
-                labels = annotated(workspace, config, annotator)
+                labels = labelled(annotator, method.mixed.images)
                 source = MixedSource(
                     plan=workspace.plan.absolute(),
                     mixed=workspace.mixed.absolute(),
                     annotations=workspace.annotations(annotator).absolute(),
                     calibration=(workspace.annotator(annotator) / "calibration.json").absolute(),
+                    kind=method.mixed.images,
                 )
             optimizer = train.optimizer_of(method)
             settings = identity(replace(method, members=1, optimizer={}))  # of one classifier; `optimizer` has its own

@@ -72,14 +72,18 @@ class Annotator:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Share of class a among the pair, unclipped (N,), and the log-posterior (N, K) before calibration, or None.
 
-        ``class_a`` and ``class_b`` int64 (N,), ``lam`` float32 (N,), on the annotator's device like ``features``.
+        ``class_a`` and ``class_b`` int64 (N,), ``lam`` float32 (N,), on the annotator's device like ``features``. Of real images both are
+        the same class, which has all of the pair.
         """
-        posterior = self.log_posterior(features)
+        posterior, is_one = self.log_posterior(features), class_a == class_b
         if posterior is None:
             own = features[self.spec.encoder] if self.spec.encoder else None
-            return self.head.share(own, class_a, class_b, lam), None
-        row = torch.arange(len(posterior), device=posterior.device)
-        return torch.sigmoid(posterior[row, class_a] - posterior[row, class_b]), posterior
+            other = torch.where(is_one, (class_a == 0).long(), class_b)  # between a class and itself there is nothing to measure
+            share = self.head.share(own, class_a, other, lam)
+        else:
+            row = torch.arange(len(posterior), device=posterior.device)
+            share = torch.sigmoid(posterior[row, class_a] - posterior[row, class_b])
+        return torch.where(is_one, 1.0, share), posterior
 
 
 def annotate(

@@ -17,7 +17,8 @@ def soft_labels(plan: pl.DataFrame, annotations: pl.DataFrame, n_classes: int, c
     """Soft labels of annotated rows: columns mix_id and soft_label (Array(Float32, K), rows sum to 1).
 
     With a log-posterior: the calibrated posterior over all K classes, or, if ``calibration.pair``, its restriction to the pair.
-    Without: class_a gets the calibrated share, class_b the rest. Of a truncated log-posterior that of ``complete``.
+    Without: class_a gets the calibrated share, class_b the rest. A pair of one class twice, as real images have it, leaves that class all.
+    Of a truncated log-posterior that of ``complete``.
 
     Raises:
         InputError: an annotation is no number or no distribution, only some rows of the annotator have a log-posterior, or the
@@ -83,11 +84,13 @@ def _probabilities(rows: pl.DataFrame, n_classes: int, calibration: Calibration)
     """Soft labels float64 (N, K) of ``_annotated`` rows."""
     index = torch.arange(len(rows))
     class_a, class_b = _pair(rows).T
+    is_one = class_a == class_b
     known = len(rows) > 0 and rows["log_posterior"].null_count() == 0
     if known:
         log_posterior = apply_calibration(_log_posterior(rows, n_classes), calibration)
         labels = log_posterior.exp()
         odds = log_posterior[index, class_a] - log_posterior[index, class_b]  # nan if neither class has any mass
+        odds[is_one] = 0
         if labels.isnan().any() or (
             calibration.pair and odds.isnan().any()
         ):  # of NaN, of +inf, and of a row that is -inf throughout
@@ -104,6 +107,7 @@ def _probabilities(rows: pl.DataFrame, n_classes: int, calibration: Calibration)
         labels.zero_()
         labels[index, class_a] = torch.sigmoid(odds)
         labels[index, class_b] = torch.sigmoid(-odds)
+        labels[index[is_one], class_a[is_one]] = 1
     return labels
 
 

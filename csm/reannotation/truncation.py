@@ -17,7 +17,10 @@ from typing import NamedTuple
 import torch
 
 DENSE = 100  # classes of a data set up to which all are stored by default
-SHARE, LEAST = 8, 32  # of more, one in so many, and at least so many: `csm bench classes` finds no loss by it that could be measured
+SHARE, LEAST = (
+    8,
+    32,
+)  # of more, one in so many, and at least so many: `csm bench classes` finds no loss by it that could be measured
 
 
 class Truncated(NamedTuple):

@@ -50,7 +50,8 @@ def configure(config: str, overrides: Sequence[str] = (), methods: str | None = 
 
     Args:
         config, overrides: as for ``load_config``.
-        methods: a name of ``GROUPS``, or names of methods with commas between; None: those that the configuration compares.
+        methods: a name of ``GROUPS`` (of those whose images ``plan.kinds`` has), or names of methods with commas between; None: those
+            that the configuration compares.
         seeds: of each method; None: as the configuration says.
 
     Raises:
@@ -59,10 +60,12 @@ def configure(config: str, overrides: Sequence[str] = (), methods: str | None = 
     settings = [*overrides, *([f"train.seeds={seeds}"] if seeds is not None else [])]
     if methods is None:
         return load_config(config, settings)
-    known = load_config(config, settings).train.methods
+    base = load_config(config, settings)
+    known = base.train.methods
     names = [name.strip() for name in methods.split(",")]
     if methods in GROUPS:
-        names = [name for name, method in known.items() if GROUPS[methods](name, method)]
+        planned = [name for name, method in known.items() if not method.mixed or method.mixed.images in base.plan.kinds]
+        names = [name for name in planned if GROUPS[methods](name, known[name])]
     for name in names:
         check_name("--methods", name, {**known, **GROUPS} if len(names) == 1 else known)
     return load_config(config, [*settings, "train.loss=null", f"train.compare=[{', '.join(dict.fromkeys(names))}]"])

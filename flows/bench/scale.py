@@ -187,7 +187,7 @@ def _fill(root: Path, settings: Sequence[str]) -> tuple[int, int]:
         rows = plan_shards(workspace.plan)
         shards = list(rows)[:-LEFT]
         folders = {"mixed": (workspace.mixed, record.fingerprint)}
-        folders |= {job.name: (job.annotations, job.key) for job in annotate_jobs(context, record.fingerprint, frozenset(rows))}
+        folders |= {job.name: (job.annotations, job.key) for job in annotate_jobs(context, frozenset(rows))}
         for path in (folder for folder, _ in folders.values() if folder.is_dir()):
             shutil.rmtree(path)
         (root / LOG).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from csm.datasets import RealDataset
 from csm.errors import InputError
 from csm.generators import ExactGenerator, load_truth
 from csm.metrics import evaluate
+from csm.planning import SEMANTIC
 from csm.plots import annotation_plot
 from csm.reannotation import Calibration, soft_labels
 from flows.annotators import AUTO
@@ -189,7 +190,7 @@ def _labels(
     """Soft labels, true posterior, class a and class b of the mixed images, shard by shard."""
     calibration = storage.read_record(workspace.annotator(annotator) / "calibration.json", Calibration)
     info = RealDataset.load_info(workspace.root)
-    for shard in plan_shards(workspace.plan):
+    for shard in plan_shards(workspace.plan, SEMANTIC):
         plan = read_plan(workspace.plan, shard)
         annotated = tables.read_annotations(part_path(workspace.annotations(annotator), shard), info.n_classes)
         said = soft_labels(plan, annotated, info.n_classes, calibration)

@@ -26,6 +26,8 @@ from csm.mixing import mix, start_mixing
 from csm.planning import PlanConfig, make_plan
 from csm.reannotation import Annotator, AnnotatorSpec, annotate
 from csm.sampling import SamplerConfig
+from csm.training_images import TrainingImages
+from flows.artifacts import Workspace
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session", "one_thread")]
 
@@ -282,3 +284,52 @@ def test_a_killed_worker_loses_and_repeats_nothing(finished, tmp_path, ray_head,
     made = pl.concat([tables.read(path, tables.MIXED) for path in sorted(job.mixed.iterdir())])
     direct = mix(tables.read(job.plan, tables.PLAN), load_generator(job.generator), job.shape, job.sampler, job.batch_size)
     assert made.equals(direct)  # every mix_id once, in plan order; shards are a multiple of no batch, so batches differ too
+
+
+KINDS = ("unmixed", "pixel", "noised", "real")
+
+
+@pytest.fixture(scope="module")
+def of_kinds(finished, tmp_path_factory):
+    """A job for shards of every kind but mixtures, and the training images."""
+    root, real = tmp_path_factory.mktemp("kinds"), Workspace(finished.root).real
+    images = TrainingImages(real, RealDataset.load_info(finished.root).shape)
+    config = PlanConfig(pairs=((0, 1),), ratios=3, sets_per_pair=2, shard_rows=6, kinds=KINDS)
+    tables.write(make_plan(10, "data", "generator", config, labels=images.labels[:10]), root / "plan.parquet", tables.PLAN)
+    job, (annotate_job, _) = jobs(finished, root, root / "plan.parquet", root / "mixed")
+    return replace(job, real=real, strength=2.0, keys={"pixel": "pixel-key"}), annotate_job, images
+
+
+def test_rows_of_every_kind_equal_those_of_a_direct_call(of_kinds):
+    job, annotate_job, images = of_kinds
+    rows, receipts = plan_shards(job.plan), []
+    annotating = [replace(annotate_job, kind=kind, shards=frozenset(plan_shards(job.plan, kind))) for kind in KINDS]
+    process_shards(job, annotating, ONE, ONE, receipts.append)
+    expected = {
+        (f"{part}/{kind}", shard) for part in ("mixed", "projection") for kind in KINDS for shard in plan_shards(job.plan, kind)
+    }
+    assert {(receipt.part, receipt.shard) for receipt in receipts} == expected
+    assert len(rows) == 5
+    assert {receipt.key for receipt in receipts if receipt.part == "mixed/pixel"} == {"pixel-key"}
+    assert {receipt.key for receipt in receipts if receipt.part == "mixed/real"} == {"mixed-key"}
+    for kind in KINDS:
+        shards = plan_shards(job.plan, kind)
+        assert finished_shards(job.mixed, "pixel-key" if kind == "pixel" else "mixed-key", shards) == set(shards)
+    generator = load_generator(job.generator)
+    for shard in rows:
+        plan = read_plan(job.plan, shard)
+        direct = mix(plan, generator, job.shape, job.sampler, job.batch_size, real=images, strength=2.0)
+        mixed = tables.read(part_path(job.mixed, shard), tables.MIXED)
+        assert mixed.equals(direct, null_equal=False)
+        part = tables.read(part_path(annotate_job.annotations, shard), tables.annotations(annotate_job.n_classes))
+        assert part.equals(annotate_directly(annotate_job, plan, mixed))
+    assert {kind: len(plan_shards(job.plan, kind)) for kind in KINDS} == {"unmixed": 1, "pixel": 1, "noised": 1, "real": 2}
+
+
+def test_what_is_made_of_real_images_loads_no_generator(of_kinds, tmp_path, monkeypatch):
+    job, _, _ = of_kinds
+    monkeypatch.setattr("cluster.pools._node", lambda: "here")
+    actor = MixShards(replace(job, mixed=tmp_path, generator=tmp_path / "none"), 1)
+    shards = [*plan_shards(job.plan, "pixel"), *plan_shards(job.plan, "real")]
+    block = pa.Table.from_pylist([{"shard": shard, "receipts": [], "failure": None} for shard in shards])
+    assert [row["failure"] for table in actor(block) for row in table.to_pylist()] == [None] * 3

@@ -55,3 +55,17 @@ def test_off_after_an_epoch() -> None:
 def test_what_makes_no_sense_is_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         MixedTerm(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "ours"),
+    [
+        ({}, True),
+        ({"schedule": "uniform"}, True),
+        ({"schedule": "endpoints"}, False),
+        ({"images": "unmixed", "schedule": "uniform"}, False),
+        ({"images": "pixel", "schedule": "interior"}, False),
+    ],
+)
+def test_semantic_mixing_is_of_images_between_classes_from_a_generator(settings: dict[str, str], ours: bool) -> None:
+    assert MixedTerm(**settings).is_semantic is ours

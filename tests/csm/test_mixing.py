@@ -1,17 +1,21 @@
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
 
 from csm import tables
+from csm.datasets.real import build
 from csm.errors import InputError
 from csm.generators.conditioning import OPERATORS
+from csm.generators.gaussians import fit_gaussians
 from csm.generators.unet import UNetGenerator, UNetSpec
 from csm.mixing import evaluations_per_image, fit_to, mix, sample, to_uint8
 from csm.noise import initial_noise
 from csm.planning import PlanConfig, make_plan
 from csm.sampling import SamplerConfig
+from csm.training_images import TrainingImages, pixel_mixtures, real_images
 
 SHAPE = (4, 4, 1)
 SAMPLER = SamplerConfig(steps=4, sigma_max=10.0)
@@ -228,3 +232,97 @@ def test_colour_becomes_luma_and_grey_becomes_three_equal_channels() -> None:
 def test_other_channels_are_refused() -> None:
     with pytest.raises(ValueError, match="images of 4 channels cannot become images of 3"):
         fit_to(torch.zeros(1, 4, 2, 2), (2, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> TrainingImages:
+    """Thirty training images, ten of each of three classes."""
+    draw, labels = np.random.default_rng(0), np.arange(60) % 3
+    splits = np.repeat(["train", "val", "test"], [30, 15, 15])
+    data = build("toy", draw.integers(0, 256, (60, *SHAPE), dtype=np.uint8), labels, splits, ("a", "b", "c"))
+    path = tmp_path_factory.mktemp("real") / "real.parquet"
+    tables.write(data.frame, path, tables.REAL)
+    return TrainingImages(path, SHAPE)
+
+
+def plan_of(kind: str, real: TrainingImages, ratios: object = 5) -> pl.DataFrame:
+    config = PlanConfig(ratios=ratios, sets_per_pair=4, kinds=(kind,))
+    return make_plan(3, "data", "net", config, labels=real.labels)
+
+
+def test_unmixed_images_are_samples_of_one_class(network: UNetGenerator, real: TrainingImages) -> None:
+    rows = plan_of("unmixed", real)
+    classes = [row["class_a"] if row["lam"] else row["class_b"] for row in rows.rows(named=True)]
+    images = images_of(mix(rows, network, SHAPE, SAMPLER))
+    assert torch.equal(images, sample(classes, rows["seed"].to_list(), network, SHAPE, SAMPLER))
+    assert len({image.numpy().tobytes() for image in images}) == len(rows)
+
+
+@pytest.mark.parametrize(("kind", "function"), [("pixel", pixel_mixtures), ("real", real_images)])
+def test_what_is_made_of_real_images_needs_no_generator(kind: str, function, real: TrainingImages) -> None:
+    rows = plan_of(kind, real)
+    mixed = mix(rows, None, SHAPE, SAMPLER, real=real)
+    assert mixed["mix_id"].equals(rows["mix_id"])
+    assert torch.equal(images_of(mixed), function(rows, real))
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler", "abm-3"])
+def test_little_noise_gives_nearly_the_real_image(solver: str, real: TrainingImages) -> None:
+    rows = plan_of("noised", real)
+    generator = fit_gaussians(real.take(np.arange(30)), torch.from_numpy(real.labels.astype(np.int64)), 3)
+    sampler = SamplerConfig(solver=solver, steps=8, sigma_min=0.002)
+    start = real.take(real.nearer(rows)).float()
+    distances = []
+    for strength in (0.004, 0.3, 20.0):
+        images = images_of(mix(rows, generator, SHAPE, sampler, batch_size=7, real=real, strength=strength)).float()
+        distances.append((images - start).abs().mean().item())
+    assert distances[0] < 1  # level of 255
+    assert distances[0] < distances[1] < distances[2]
+
+
+def test_noised_images_start_from_the_nearer_image_with_the_noise_of_the_set(real: TrainingImages) -> None:
+    rows, generator = plan_of("noised", real), Flat()
+    mix(rows, generator, SHAPE, replace(SAMPLER, sigma_max=80.0), batch_size=4, real=real, strength=SAMPLER.sigma_max)
+    image = real.take(real.nearer(rows)).double() / 127.5 - 1
+    expected = image + SAMPLER.sigma_max * initial_noise(rows["seed"].to_list(), (1, 4, 4)).double()
+    assert torch.allclose(torch.cat(generator.starts).double(), expected, atol=1e-5)
+
+
+def test_a_noised_image_is_denoised_under_the_mixed_condition(real: TrainingImages) -> None:
+    rows = plan_of("noised", real)
+    images = images_of(mix(rows, Flat(), SHAPE, SAMPLER, real=real))
+    assert torch.equal(images, images_of(mix(rows.with_columns(kind=pl.lit("semantic")), Flat(), SHAPE, SAMPLER)))
+
+
+@pytest.mark.parametrize(
+    ("generator", "strength", "message"),
+    [
+        (Flat(), 81.0, r"mix.strength: expected a noise level above 0.02 and up to 80, which .* got 81"),
+        (Flat(), 0.02, "mix.strength: expected a noise level above 0.02 and up to 80"),
+        (Latent(), 1.0, r"plan.kinds: noised needs a generator of the data's own pixels \(4 x 4 x 1\)"),
+    ],
+)
+def test_noise_that_the_generator_does_not_know_is_refused(
+    generator: Flat, strength: float, message: str, real: TrainingImages
+) -> None:
+    with pytest.raises(InputError, match=message):
+        mix(plan_of("noised", real), generator, SHAPE, SAMPLER, real=real, strength=strength)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("kind", tables.KINDS)
+def test_evaluations_of_a_kind_are_those_that_it_makes(kind: str, operator: str, real: TrainingImages) -> None:
+    rows, generator = plan_of(kind, real), Flat()
+    mix(rows, generator, SHAPE, SAMPLER, operator=operator, real=real)
+    ratios = plan_of("semantic", real)["lam"].to_list()
+    assert generator.rows == pytest.approx(len(rows) * evaluations_per_image(SAMPLER, operator, ratios, kind))
+
+
+def test_rows_of_two_kinds_and_missing_sources_are_refused(real: TrainingImages) -> None:
+    both = pl.concat([plan_of("pixel", real), plan_of("semantic", real)])
+    with pytest.raises(ValueError, match="plan: expected rows of one kind"):
+        mix(both, Flat(), SHAPE, SAMPLER, real=real)
+    with pytest.raises(ValueError, match="real: images of kind pixel need it, got None"):
+        mix(plan_of("pixel", real), Flat(), SHAPE, SAMPLER)
+    with pytest.raises(ValueError, match="generator: images of kind unmixed need it, got None"):
+        mix(plan_of("unmixed", real), None, SHAPE, SAMPLER)

@@ -387,3 +387,28 @@ def test_an_ensemble_goes_on_between_two_members(workspace: Path) -> None:
     assert predictions_of(spec).equals(predictions_of(undisturbed))
     files = [storage.file_digest(one.directory / "model.safetensors") for one in (spec, undisturbed)]
     assert files[0] == files[1]
+
+
+def test_a_training_reads_the_part_files_of_its_kind_alone(workspace: Path) -> None:
+    """The folders of two kinds: the mixtures of the fixture, and the same pictures under the ids of pixel mixtures."""
+    semantic, config = (
+        tables.read_plan(workspace / "plan.parquet"),
+        PlanConfig(kinds=("semantic", "pixel"), ratios=3, sets_per_pair=2, shard_rows=9),
+    )
+    both = make_plan(3, "data", "net", config)
+    tables.write(both, workspace / "plan.parquet", tables.PLAN)
+    first = 20_000_000  # the shards of pixel mixtures
+    ids = dict(zip(semantic["mix_id"], both.filter(kind="pixel")["mix_id"], strict=True))
+    for folder, schema in (("mixed", tables.MIXED), ("annotations", tables.annotations(3))):
+        for shard in (0, 1):
+            part = tables.read(workspace / folder / f"part-{shard:08d}.parquet", schema)
+            other = part.with_columns(pl.col("mix_id").replace_strict(ids))
+            tables.write(other, workspace / folder / f"part-{first + shard:08d}.parquet", schema)
+            (workspace / folder / f"part-{shard:08d}.parquet").write_bytes(b"damaged")
+    spec = spec_of(workspace, "csm", CSM)
+    assert spec.mixed is not None
+    fit_run(replace(spec, mixed=replace(spec.mixed, kind="pixel")))
+    with pytest.raises(InputError, match=r"part-00000000.parquet is not a whole parquet file"):
+        fit_run(replace(spec, fingerprint="f1"))
+    with pytest.raises(InputError, match=r"plan.parquet plans no real images: run csm plan again"):
+        fit_run(replace(spec, fingerprint="f2", mixed=replace(spec.mixed, kind="real")))

@@ -299,3 +299,35 @@ def test_softening_is_a_power_of_the_label(temperature: float) -> None:
 
 def test_a_tiny_temperature_leaves_a_label() -> None:
     assert soften(torch.tensor([[0.5, 0.3, 0.2]]), 1e-4).tolist() == [[1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("ratios", [2, 3, 8])
+def test_endpoints_are_the_ends_of_sets_each_as_likely(ratios: int) -> None:
+    mixed = mixed_set(ratios=ratios)
+    rows = Schedule("endpoints", 3, mixed, CLASSES).draw(torch.zeros(2000, dtype=torch.int64), draw())
+    seen = torch.bincount(rows, minlength=len(mixed.images)).view_as(mixed.rows)
+    ends = seen[:, [0, ratios - 1]]
+    assert ends.sum() == 6000
+    assert ends.min() > 0.7 * 6000 / ends.numel()
+
+
+def test_endpoints_need_an_end() -> None:
+    with pytest.raises(InputError, match=r"schedule 'endpoints' needs plan.ratios that begin with 0 or end with 1"):
+        Schedule("endpoints", 2, mixed_set(ratios=(0.25, 0.5)), CLASSES).draw(torch.tensor([0]), draw())
+
+
+@pytest.mark.parametrize("kind", tables.KINDS)
+def test_a_kind_alone_is_joined_and_drawn_from(kind: str) -> None:
+    config = PlanConfig(ratios=3, sets_per_pair=2, kinds=tables.KINDS)
+    plan = make_plan(CLASSES, "data", "net", config, labels=np.arange(10) % CLASSES)
+    cells = [bytes([number % 256, number // 256, 0, 0]) for number in range(len(plan))]  # which row of the plan it is
+    labels = pl.Series("soft_label", np.full((len(plan), CLASSES), 0.25), dtype=pl.Array(pl.Float32, CLASSES))
+    frames = plan.select("mix_id").with_columns(image=pl.Series(cells)), plan.select("mix_id").with_columns(labels)
+    mixed = MixedSet.join(plan.filter(kind=kind), *frames, SHAPE)
+    numbers = [first + 256 * second for first, second, *_ in mixed.images.flatten(1).tolist()]
+    assert sorted(numbers) == [number for number, other in enumerate(plan["kind"]) if other == kind]
+    assert mixed.rows.shape == ((10, 1) if kind == "real" else (12, 3))
+    rows = Schedule("uniform", 1, mixed, CLASSES).draw(torch.zeros(1000, dtype=torch.int64), draw())
+    assert set(rows.tolist()) == set(range(len(numbers)))
+    with pytest.raises(ValueError, match="plan: expected rows of one kind"):
+        MixedSet.join(plan, *frames, SHAPE)

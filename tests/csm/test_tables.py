@@ -7,6 +7,7 @@ import torch
 
 from csm import tables
 from csm.errors import InputError
+from csm.planning import PlanConfig, make_plan
 
 
 def real_frame(rows: int = 4) -> pl.DataFrame:
@@ -223,3 +224,13 @@ def test_annotations_are_read_whole_or_truncated(tmp_path: Path) -> None:
     tables.write(stored.cast({"log_rest": pl.Float64}), tmp_path / "other.parquet", other)
     with pytest.raises(InputError, match="column 'log_rest' should be Float32, got Float64"):
         tables.read_annotations(tmp_path / "other.parquet", 5)
+
+
+def test_a_plan_of_a_version_without_kinds_is_of_mixtures(tmp_path: Path) -> None:
+    plan = make_plan(3, "data", "net", PlanConfig(ratios=3))
+    plan.drop("kind").write_parquet(tmp_path / "plan.parquet")
+    assert tables.read_plan(tmp_path / "plan.parquet").equals(plan)
+    assert tables.read_plan(tmp_path / "plan.parquet", "pixel").is_empty()
+    plan.drop("seed").write_parquet(tmp_path / "plan.parquet")
+    with pytest.raises(InputError, match=r"plan.parquet: expected columns \['mix_id'"):
+        tables.read_plan(tmp_path / "plan.parquet")

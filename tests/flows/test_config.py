@@ -6,6 +6,7 @@ from csm.losses import HARD
 from csm.pixel_mixing import PIXEL_MIXING
 from flows.config import load_config, plain
 from flows.config_layers import config_names
+from flows.evaluate import compared
 
 # The bundled configuration for images of one's own says nothing of where they are.
 NEEDED = {"image-folder": ("data.path=somewhere",)}
@@ -13,8 +14,10 @@ BUNDLED = sorted(set(config_names()) - {"default"})
 METHODS = {name: ["cross-entropy", "label-smoothing", "focal", "mixup", "paper", "csm"] for name in BUNDLED}
 METHODS |= {name: ["cross-entropy", "paper", "csm"] for name in ("cifar10", "cifar100", "tiny-imagenet")}
 METHODS["annotators"] = ["cross-entropy", *(f"csm-{name}" for name in load_config("annotators").annotators)]
-METHODS["digits-hard"] = [  # every one of the defaults that trains one classifier
-    name for name, method in load_config("digits-hard").train.methods.items() if method.members == 1
+METHODS["digits-hard"] = [  # every one of the defaults that trains one classifier, but what mixing is compared with
+    name
+    for name, method in load_config("digits-hard").train.methods.items()
+    if method.members == 1 and (method.mixed is None or (method.mixed.is_semantic))
 ]
 METHODS["gaussians"] = [
     "cross-entropy",
@@ -467,3 +470,56 @@ def test_schedules_that_cannot_be_are_refused(overrides, said):
 def test_only_methods_with_mixed_images_need_the_generator():
     assert load_config("demo").mixes
     assert not load_config("demo", ["train.compare=[cross-entropy, mixup]"]).mixes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.compare=[cross-entropy, csm-unmixed]"],
+            "train.methods.csm-unmixed.mixed.images: unmixed images are not planned: --set 'plan.kinds=[semantic, unmixed]'",
+        ),
+        (
+            ["train.compare=[csm-noised, distillation]", "plan.kinds=[pixel]"],
+            "train.methods.csm-noised.mixed.images: noised images are not planned: --set 'plan.kinds=[pixel, noised, real]'",
+        ),
+        (
+            ["train.compare=[csm]", "plan.kinds=[pixel]"],
+            "train.methods.csm.mixed.images: semantic images are not planned: --set 'plan.kinds=[semantic, pixel]'",
+        ),
+        (["plan.kinds=[mixed]"], "plan.kinds: unknown 'mixed'; one of semantic, unmixed, pixel, noised, real"),
+        (["plan.kinds=[]"], "plan.kinds: expected different kinds of images, at least one, got []"),
+        (["plan.kinds=[semantic, semantic]"], "plan.kinds: expected different kinds"),
+        (
+            ["train.methods.csm.mixed.images=blended"],
+            "train.methods.csm.mixed.images: unknown 'blended'; one of semantic, unmixed, pixel, noised, real",
+        ),
+        (
+            ["train.methods.distillation.mixed.schedule=pair"],
+            "train.methods.distillation.mixed.schedule: real images are no mixtures of pairs: take uniform or ambiguity, not pair",
+        ),
+        (
+            ["train.methods.csm-unmixed.mixed.schedule=interior"],
+            "train.methods.csm-unmixed.mixed.schedule: unmixed images are no mixtures of pairs: take uniform or ambiguity",
+        ),
+        (
+            ["plan.kinds=[semantic, noised]", "mix.strength=90"],
+            "mix.strength: expected more than sigma_min 0.02 and no more than sigma_max 80 of mix.sampler, got 90",
+        ),
+        (["mix.strength=0"], "mix.strength: expected a number greater than 0, got 0"),
+    ],
+)
+def test_kinds_of_images_that_cannot_be_are_refused(overrides, message):
+    with pytest.raises(InputError) as caught:
+        load_config("digits", overrides)
+    assert str(caught.value).startswith(message)
+
+
+def test_what_mixing_is_compared_with_can_be_trained_beside_it():
+    names = ["csm-unmixed", "csm-endpoints", "csm-pixel", "csm-noised", "distillation", "one-hot-synthetic"]
+    kinds = "plan.kinds=[semantic, unmixed, pixel, noised, real]"
+    config = load_config("digits", [kinds, f"train.compare=[csm, {', '.join(names)}]"])
+    assert [method.is_ours for method in compared(config)] == [True] + [False] * 6
+    assert {name: config.train.methods[name].mixed.images for name in names} == dict(
+        zip(names, ["unmixed", "semantic", "pixel", "noised", "real", "unmixed"], strict=True)
+    )

@@ -43,7 +43,9 @@ def root(tmp_path: Path) -> Path:
 
 
 def configuration(*overrides: str) -> Config:
-    return load_config("demo", ["annotate.annotator=teacher", "train.compare=[cross-entropy, csm]", "train.optimizer.epochs=3", *overrides])
+    return load_config(
+        "demo", ["annotate.annotator=teacher", "train.compare=[cross-entropy, csm]", "train.optimizer.epochs=3", *overrides]
+    )
 
 
 def by_stage(config: Config) -> dict[str, Load]:
@@ -111,6 +113,20 @@ def test_images_to_mix_are_rows_of_the_plan(overrides: tuple[str, ...], images: 
         assert len(plan) == images
         assert load.longest == plan.group_by("shard").len()["len"].max()
     assert load.what.startswith("at most") == (config.plan.pairs == "confusion")
+
+
+@pytest.mark.parametrize("operator", ["embedding", "score"])
+@pytest.mark.parametrize("kinds", [("semantic", "unmixed"), ("pixel", "noised", "real"), tables.KINDS, ("pixel", "real")])
+def test_images_of_other_kinds_count_by_their_evaluations(kinds: tuple[str, ...], operator: str) -> None:
+    method = "csm" if "semantic" in kinds else f"csm-{kinds[0]}"
+    config = configuration(f"plan.kinds=[{', '.join(kinds)}]", f"mix.operator={operator}", f"train.compare=[{method}]")
+    found = by_stage(config)
+    plan = make_plan(3, "d", "g", config.plan, labels=np.arange(40) % 3)
+    assert found["annotate"].images == len(plan)
+    twice = 6 / 8  # of the ratios of a set, where score mixing asks the network twice
+    each = {"semantic": 1.0, "noised": 1.0, "unmixed": 1 / (1 + twice) if operator == "score" else 1.0, "pixel": 0.0, "real": 0.0}
+    expected = sum(each[kind] for kind in plan["kind"])
+    assert (found["mix"].images if "mix" in found else 0) == pytest.approx(expected)
 
 
 def test_only_stages_that_are_run_have_work() -> None:
@@ -208,6 +224,22 @@ def test_a_longer_training_of_the_same_generator_is_as_fast(root: Path) -> None:
     rate = recorded(Workspace(root), longer, by_stage(longer)["generator"])
     assert rate is not None
     assert rate.images_per_s == pytest.approx(600 * 128 / 40)
+
+
+def test_mixing_of_several_kinds_gives_the_rate_of_those_that_the_network_makes(root: Path) -> None:
+    config = configuration("plan.kinds=[semantic, pixel, real]")
+    done(root, config, "generator")
+    done(root, config, "mix", generator="digest of generator")
+    receipts = [
+        ("mixed", 0, 96, 20.0),
+        ("mixed", 1, 96, 5.0),
+        ("mixed/pixel", 20_000_000, 96, 1.0),
+        ("mixed/real", 40_000_000, 40, 1.0),
+    ]
+    write_receipts(root, *receipts)
+    rate = recorded(Workspace(root), config, by_stage(config)["mix"])
+    assert rate is not None
+    assert rate.images_per_s == pytest.approx(192 / 25.0)
 
 
 def test_encoders_add_up(root: Path) -> None:

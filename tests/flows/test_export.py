@@ -21,12 +21,14 @@ from cluster.shards import part_path, plan_shards, read_plan, write_part
 from csm import storage, tables
 from csm.datasets.real import build
 from csm.export import CARD, FORMATS, WORK, encode
-from csm.planning import make_plan
+from csm.pairs import all_pairs
+from csm.planning import write_plan
 from csm.reannotation import Calibration
 from flows import cli
-from flows.annotate import _key
+from flows.annotate import _keys
 from flows.artifacts import Workspace
 from flows.config import load_config, plain
+from flows.mix import mixed_keys
 from flows.reuse import run_stage
 from flows.run import STAGES
 from flows.stages import Context, Made
@@ -62,19 +64,19 @@ def fit_generator(context, record):
 
 
 def plan(context, record):
-    frame = make_plan(3, record.inputs["prepare"], "generator", context.config.plan)
-    tables.write(frame, context.workspace.plan, tables.PLAN)
-    return Made(len(frame), "plan")
+    labels = np.array([0, 1, 2])
+    return Made(
+        *write_plan(context.workspace.plan, all_pairs(3), record.inputs["prepare"], "generator", context.config.plan, labels)
+    )
 
 
 def mix(context, record):
-    draw = np.random.default_rng(1)
+    draw, keys = np.random.default_rng(1), mixed_keys(context.workspace, record)
     for shard in plan_shards(context.workspace.plan):
-        ids = read_plan(context.workspace.plan, shard)["mix_id"].reverse()
-        images = [draw.integers(0, 256, SHAPE, np.uint8).tobytes() for _ in ids]
-        write_part(
-            pl.DataFrame({"mix_id": ids, "image": images}), context.workspace.mixed, shard, tables.MIXED, record.fingerprint
-        )
+        rows = read_plan(context.workspace.plan, shard).reverse()
+        images = [draw.integers(0, 256, SHAPE, np.uint8).tobytes() for _ in range(len(rows))]
+        frame = rows.select("mix_id", image=pl.Series(images))
+        write_part(frame, context.workspace.mixed, shard, tables.MIXED, keys[rows["kind"][0]])
     return Made(45, record.fingerprint)
 
 
@@ -97,18 +99,19 @@ def fit_annotators(context, record):
 def annotate(context, record):
     draw = np.random.default_rng(2)
     for name, calibration in CALIBRATIONS.items():
+        keys = _keys(context.workspace, name)
         for shard, count in plan_shards(context.workspace.plan).items():
+            rows = read_plan(context.workspace.plan, shard)
             posterior = np.log(draw.dirichlet(np.ones(3), count)).astype(np.float32)
             schema = tables.annotations(3)
             columns = {
-                "mix_id": read_plan(context.workspace.plan, shard)["mix_id"].shuffle(seed=shard),
+                "mix_id": rows["mix_id"].shuffle(seed=shard),
                 "lam_raw": pl.Series(draw.normal(size=count), dtype=pl.Float32),
                 "log_posterior": pl.Series(
                     posterior if calibration.temperature else [None] * count, dtype=schema["log_posterior"]
                 ),
             }
-            key = _key(context.workspace, name, record.inputs["mix"])
-            write_part(pl.DataFrame(columns), context.workspace.annotations(name), shard, schema, key)
+            write_part(pl.DataFrame(columns), context.workspace.annotations(name), shard, schema, keys[rows["kind"][0]])
     return Made(90, "annotations")
 
 
@@ -244,7 +247,7 @@ def test_every_image_is_exported_once_with_its_own_label(call, made, form, annot
     assert result.pop("seconds") >= 0
     assert result == {
         "workspace": str(made), "output": str(tmp_path / "out"), "format": form, "annotator": annotator, "rows": 45,
-        "reused": False,
+        "kind": "semantic", "reused": False,
     }  # fmt: skip
 
 
@@ -522,3 +525,33 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(call, form, tmp_pa
 
 def undone(path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "done": False}))
+
+
+# Kinds.
+
+
+def test_only_mixtures_are_exported_unless_another_kind_is_asked_for(tmp_path, capsys, monkeypatch):
+    config = tmp_path / "pets.yaml"
+    config.write_text(load_config("digits", [*SETTINGS, "plan.kinds=[semantic, pixel, real]"]).to_yaml())
+    root = tmp_path / "w"
+    root.mkdir()
+    stages = {name: replace(STAGES[name], run=run, check=lambda context: None) for name, run in WORKERS.items()}
+    context = Context(load_config(str(config)), Workspace(root), stages, _tracker=NoTracker())
+    for name in stages:
+        run_stage(context, name)
+    planned = tables.read_plan(root / "plan.parquet")
+    for kind, count in [("semantic", 45), ("pixel", 45), ("real", 3)]:
+        output = tmp_path / kind
+        asked = ["export", "--config", config, "--workspace", root, "--format", "huggingface", "--output", output, "--json"]
+        arguments = [str(word) for word in [*asked, *(["--kind", kind] if kind != "semantic" else [])]]
+        monkeypatch.setattr(sys, "argv", ["csm", *arguments])
+        cli.main(arguments, standalone_mode=False)
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (result["kind"], result["rows"]) == (kind, count)
+        assert set(exported("huggingface", output)) == set(planned.filter(kind=kind)["mix_id"])
+        assert ("made by semantic mixing" in (output / "README.md").read_text()) == (kind == "semantic")
+    assert (tmp_path / "real" / "README.md").read_text().count("# Real images of pets") == 1
+
+
+def test_a_kind_that_is_not_planned_is_refused(refused):
+    assert refused("huggingface", "--kind", "pixel") == "--kind: unknown 'pixel'; one of semantic"

@@ -65,7 +65,7 @@ def root(tmp_path: Path) -> Path:
         build_classifier(spec).save(workspace.teacher_member(number))
     plan = make_plan(CLASSES, "data", "net", load_config("demo", ["plan.ratios=3", "plan.sets_per_pair=1"]).plan)
     tables.write(plan, workspace.plan, tables.PLAN)
-    workspace.write_record(StageRecord("mix", "mixed", {}, 1, {}, True, "mixed"))
+    workspace.write_record(StageRecord("mix", "mixed", {"mix": {}}, 1, {"plan": "plan"}, True, "mixed"))
     return tmp_path
 
 
@@ -108,7 +108,7 @@ def changed(root: Path, before: dict[str, int]) -> set[str]:
 
 
 def keys(context: Context) -> dict[str, str]:
-    return {job.name: job.key for job in annotate_jobs(context, "mixed", frozenset(plan_shards(context.workspace.plan)))}
+    return {job.name: job.key for job in annotate_jobs(context, frozenset(plan_shards(context.workspace.plan)))}
 
 
 def test_each_annotator_is_what_the_direct_calls_give(fit: Fit, root: Path, encoded: list[tuple[str, int]]) -> None:
@@ -227,7 +227,7 @@ def test_a_members_calibrator_is_part_of_its_ensemble(fit: Fit) -> None:
     assert calibration.nll is not None
     again = fit(*overrides, "annotate.annotators.teacher.calibrator=none")
     assert {name for name, key in keys(again).items() if key != stored[name]} == {"both"}
-    (job,) = [job for job in annotate_jobs(again, "mixed", frozenset({0})) if job.name == "both"]
+    (job,) = [job for job in annotate_jobs(again, frozenset({0})) if job.name == "both"]
     assert set(job.encoders) == {"teacher", "pixels"}
 
 
@@ -255,7 +255,9 @@ def test_auto_takes_the_least_nll_and_leaves_out_what_cannot_be_fitted(
     assert {asdict(spec)["settings"]["mixed"]["annotator"] for spec in run_specs(context)} == {"projection", choice["chosen"]}
 
 
-@pytest.mark.parametrize("lacking", ["bad", "zero-shot"])  # a head that does not fit its encoder; an encoder that cannot be loaded
+@pytest.mark.parametrize(
+    "lacking", ["bad", "zero-shot"]
+)  # a head that does not fit its encoder; an encoder that cannot be loaded
 def test_an_ensemble_among_the_candidates_goes_on_without_a_member_that_cannot_be_had(
     fit: Fit, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lacking: str
 ) -> None:
@@ -283,7 +285,9 @@ def test_an_ensemble_among_the_candidates_goes_on_without_a_member_that_cannot_b
     before = files(root)
     assert keys(fit("annotate.annotator=auto", "annotate.candidates=[pool]", *overrides)) == keys(context)
     assert changed(root, before) == {"auto.json"}  # the choice is made again, and is the same
-    with pytest.raises(InputError, match=f"^annotate\\.(annotators\\.{lacking}|encoders\\.clip): "):  # who names it wants all of it
+    with pytest.raises(
+        InputError, match=f"^annotate\\.(annotators\\.{lacking}|encoders\\.clip): "
+    ):  # who names it wants all of it
         fit("annotate.annotator=pool", *overrides)
 
 
@@ -366,7 +370,7 @@ def test_annotations_are_identified_by_image_fit_and_calibration(fit: Fit, root:
     workspace = context.workspace
     config = context.config
     digests = {annotated(workspace, config, "teacher"), annotated(workspace, config, "projection")}
-    workspace.write_record(StageRecord("mix", "other", {}, 1, {}, True, "other"))
+    workspace.write_record(StageRecord("mix", "other", {"mix": {}}, 1, {"plan": "other"}, True, "other"))
     digests.add(annotated(workspace, config, "teacher"))
     fit("annotate.annotators.teacher.calibrator=none")
     digests.add(annotated(workspace, config, "teacher"))

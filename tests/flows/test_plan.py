@@ -152,6 +152,8 @@ def test_only_policies_that_are_measured_read_the_teacher() -> None:
         (("plan.grid=cosine", "plan.alpha=3"), {"grid"}),
         (("plan.grid=beta",), {"grid", "alpha"}),
         (("plan.pairs=prototypes",), {"pairs_per_class"}),
+        (("plan.kinds=[semantic]",), set()),
+        (("plan.kinds=[pixel, semantic]",), {"kinds"}),
     ],
 )
 def test_settings_without_a_part_in_the_plan_do_not_call_it_out_of_date(overrides: tuple[str, ...], more: set[str]) -> None:
@@ -257,3 +259,23 @@ def test_methods_that_want_more_sets_than_the_rules_give_are_refused(fitted: Pat
     with pytest.raises(InputError, match=r"mixed\.sets: expected no more than the 64 of plan\.sets_per_pair, got 65"):
         STAGE.check(context(fitted, *wanting))
     STAGE.check(context(fitted, wanting[0], wanting[1].replace("65", "64"), wanting[2]))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "rows", "words"),
+    [
+        ("[semantic, pixel]", 126, "126 images: 3 of 10 pairs x 7 sets x 3 ratios, each semantic, pixel, in 14 shards"),
+        ("[unmixed, real]", 123, "123 images: 3 of 10 pairs x 7 sets x 3 ratios, each unmixed and 60 real ones, in 14 shards"),
+        ("[real]", 60, "60 images: 60 real ones, in 7 shards"),
+    ],
+)
+def test_the_stage_plans_the_kinds_that_are_asked_for(
+    fitted: Path, capsys: pytest.CaptureFixture[str], kinds: str, rows: int, words: str
+) -> None:
+    settings = ("plan.pairs=[[0, 1], [2, 3], [0, 4]]", "plan.sets_per_pair=7", "plan.shard_rows=9", f"plan.kinds={kinds}")
+    made = STAGE.run(context(fitted, *settings, "train.compare=[cross-entropy]"), RECORD)
+    assert made.rows == rows
+    assert f"  {words}" in capsys.readouterr().err
+    real = tables.read_plan(fitted / "plan.parquet", "real")
+    if "real" in kinds:
+        assert real["class_a"].to_list() == split(fitted, "train")[1].tolist()

@@ -1,11 +1,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
 
-from csm import tables
+from csm import storage, tables
 from csm.encoders import Encoder, Sources
 from csm.encoders.pixels import load_pixels
 from csm.errors import InputError
@@ -154,3 +155,15 @@ def test_an_annotator_of_pairs_keeps_its_share_alone(plan: pl.DataFrame, mixed: 
     frame = annotate(plan, mixed.select("mix_id"), {"ratio": ratio}, {}, SHAPE, CLASSES, top=2)["ratio"]
     assert tables.check(frame, tables.annotations(CLASSES, 2)) is frame
     assert frame.select("classes", "log_posterior", "log_rest").null_count().row(0) == (len(plan),) * 3
+
+
+def test_real_images_have_the_whole_of_their_class(tmp_path: Path) -> None:
+    plan = make_plan(CLASSES, "data", "net", PlanConfig(kinds=("real",)), labels=np.array([0, 3, 1, 2]))
+    mixed = plan.select("mix_id").with_columns(image=pl.Series([bytes([9, 40, 200, number]) for number in range(4)]))
+    storage.write_tensors(tmp_path / "prototypes.safetensors", {"prototypes": torch.eye(4)})
+    heads = {"ratio": None, "posterior": "pixels", "projection": "pixels"}
+    annotators = {name: Annotator(AnnotatorSpec(name, name, tmp_path, encoder)) for name, encoder in heads.items()}
+    frames = annotate(plan, mixed, annotators, {"pixels": load_pixels(Sources(tmp_path))}, SHAPE, CLASSES)
+    for name, frame in frames.items():
+        assert frame["lam_raw"].to_list() == [1.0] * 4
+        assert frame["log_posterior"].null_count() == (0 if name == "posterior" else 4)

@@ -229,3 +229,20 @@ def test_a_truncated_posterior_that_is_no_distribution_is_refused(bad: float) ->
     plan, annotations, _ = truncated()
     with pytest.raises(InputError, match="log_posterior is no distribution"):
         sparse_labels(plan, annotations.with_columns(log_rest=pl.lit(bad, pl.Float32)), MANY, Calibration("none"))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "posterior", "expected"),
+    [
+        (Calibration("none"), [-1.0, -2.0, -3.0], np.exp([-1.0, -2.0, -3.0]) / np.exp([-1.0, -2.0, -3.0]).sum()),
+        (Calibration("none", pair=True), [-1.0, -2.0, -3.0], [0, 1, 0]),
+        (Calibration("none", pair=True), [0.0, -INF, -INF], [0, 1, 0]),
+        (Calibration("scale", pair=True, scale=4.0), None, [0, 1, 0]),
+    ],
+)
+def test_what_knows_only_the_pair_gives_a_real_image_its_class(
+    calibration: Calibration, posterior: list[float] | None, expected: list[float]
+) -> None:
+    plan = make_plan(CLASSES, "data", "net", PlanConfig(kinds=("real",)), labels=np.array([1]))
+    labels = soft_labels(plan, annotated(plan, [1.0], [posterior]), CLASSES, calibration)
+    assert labels["soft_label"][0].to_list() == pytest.approx(list(expected))
