@@ -1,5 +1,6 @@
 """train: every method with every seed, in one Ray Train worker group."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,13 +17,17 @@ from flows.stages import Context, Made, Stage
 from flows.training import fit_runs
 
 
-def run_specs(context: Context) -> list[RunSpec]:
-    """All runs of the comparison, seed by seed. A run depends on the annotations and the calibration of its own annotator alone."""
+def run_specs(context: Context, seeds: Iterable[int] | None = None) -> list[RunSpec]:
+    """All runs of the comparison, seed by seed. A run depends on the annotations and the calibration of its own annotator alone.
+
+    Args:
+        seeds: None: those that the configuration reports, 0..train.seeds-1.
+    """
     workspace, config = context.workspace, context.config
     train = config.train
     info = RealDataset.load_info(workspace.root)
     specs = []
-    for seed in range(train.seeds):
+    for seed in range(train.seeds) if seeds is None else seeds:
         for name, method in train.chosen.items():
             source, labels = None, ""
             if method.mixed:
