@@ -10,15 +10,13 @@ from csm.errors import InputError
 from csm.parameters import check_name
 from flows.artifacts import Workspace
 from flows.bench.calibration import calibrate
-from flows.bench.recipe_plan import KNOWN_TRUTH, RecipePlan, base_settings, check_datasets
+from flows.bench.recipe_plan import KNOWN_TRUTH, RecipePlan, base_settings, check_datasets, image_kinds
 from flows.bench.recipe_reach import reach
 from flows.bench.recipe_rows import rows
 from flows.bench.recipe_search import chosen_config, draw, search
 from flows.config import Config, load_config
 from flows.progress import say
 from flows.tracking_address import OWN, Address
-
-KINDS_OF_ALL = "semantic"  # kind of mixed images that every plan has
 
 
 class Proof(NamedTuple):
@@ -103,11 +101,9 @@ def _work(plan: RecipePlan, dataset: str, known: Sequence[str], asked: Sequence[
     everything = [name for name in plan.with_needed(known or possible) if name in possible]
     chosen = tuple(name for name in plan.with_needed(asked) if name in possible) if asked else tuple(everything)
     methods = {name: base_settings(plan, config, name, {}) for name in dict.fromkeys((*everything, *chosen))}
-    config = config.with_values({"train.methods": methods, "train.compare": list(chosen)})
-    # Kinds of all of them, so that a workspace in which some methods are compared is good for the others.
-    terms = [config.train.methods[name].mixed for name in everything]
-    kinds = dict.fromkeys([KINDS_OF_ALL, *(term.images for term in terms if term)])
-    return Work(Path(dataset).stem, config.with_values({"plan.kinds": list(kinds)}), chosen)
+    # Images for all of them, so that a workspace in which some methods are compared is good for the others.
+    changes = {"plan.kinds": image_kinds(methods), "train.methods": methods, "train.compare": list(chosen)}
+    return Work(Path(dataset).stem, config.with_values(changes), chosen)
 
 
 def _write(root: Path, found: Sequence[dict[str, Any]], dataset: str) -> None:

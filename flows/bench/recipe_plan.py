@@ -15,6 +15,7 @@ from csm.errors import InputError
 from csm.methods import Method
 from csm.parameters import check_name
 from csm.search.space import SearchSpace, parse_space
+from csm.tables import KINDS
 from flows.config import Config, plain
 from flows.config_errors import explain
 from flows.config_layers import config_names, merge, nested
@@ -176,3 +177,9 @@ def base_settings(plan: RecipePlan, config: Config, name: str, chosen: Mapping[s
     values = {**chosen.get(origin, {}), **entry.change}
     made = settings(known[origin], values, f"methods.{name}", config.train.optimizer.epochs)
     return {**made, "description": known[name].description} if name in known else made
+
+
+def image_kinds(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Kinds of images that a plan must have for ``methods``, name -> settings; semantic mixtures in any case."""
+    needed = {"semantic", *(method["mixed"]["images"] for method in methods.values() if method.get("mixed"))}
+    return [kind for kind in KINDS if kind in needed]

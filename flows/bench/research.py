@@ -67,7 +67,7 @@ def research(
     needed = [arm for name, study in chosen.items() for arm in arms(name, study)]
     places = sorted({arm.place: arm for arm in needed}.values(), key=lambda arm: (arm.config, bool(arm.world)))  # the base first
     configs = {
-        arm.place: place_config(arm.place, chosen, known, str((root / arm.config).absolute()), seeds) for arm in places
+        arm.place: place_config(arm.place, chosen, known, str((root / arm.data).absolute()), seeds) for arm in places
     }
     failed: dict[str, str] = {}
     for number, arm in enumerate(places):
@@ -125,7 +125,7 @@ def _rows(root: Path, of: Sequence[Arm], configs: Mapping[str, Config]) -> list[
     found = [
         {
             "study": arm.study,
-            "dataset": arm.config,
+            "dataset": arm.data,
             "method": arm.name,
             "reference": reference.name,
             "workspace": arm.place,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from csm import storage
 from csm.errors import InputError
 from csm.parameters import check_name
-from flows.bench.recipe_plan import settings
+from flows.bench.recipe_plan import image_kinds, settings
 from flows.config import Config, load_config
 from flows.config_errors import explain
 from flows.config_layers import merge
@@ -29,7 +30,7 @@ class Study:
 
     Attributes:
         question, hope: what is asked, and what one hopes to see; sentences.
-        configs: configurations on whose data it is asked.
+        configs: configurations on whose data it is asked, or paths of files.
         reference: the method that the others are compared with.
         methods: name -> in what each differs from the reference: ``method.X`` are keys of the method, ``like`` is another method that it
             differs from instead, all other keys are of the configuration, and give it images or labels of its own.
@@ -65,6 +66,11 @@ class Arm:
     like: str
     changes: dict[str, Any]
     world: dict[str, Any]
+
+    @property
+    def data(self) -> str:
+        """Short name of the configuration, and of the workspace with its own images and labels."""
+        return Path(self.config).stem
 
 
 def study_names() -> list[str]:
@@ -104,7 +110,7 @@ def arms(name: str, study: Study) -> list[Arm]:
             changes = {key.removeprefix(OF_METHOD): value for key, value in changed.items() if key.startswith(OF_METHOD)}
             world = {key: value for key, value in changed.items() if not key.startswith(OF_METHOD) and key != "like"}
             like = changed.get("like", study.reference)
-            place = f"{config}-{storage.digest(world)[:8]}" if world else config
+            place = Path(config).stem + (f"-{storage.digest(world)[:8]}" if world else "")
             run = f"{name}.{arm}" if changes else like
             found.append(Arm(name, arm, config, place, run, like, changes, world))
     return found
@@ -132,10 +138,8 @@ def place_config(place: str, chosen: Mapping[str, Study], studies: Mapping[str, 
     for arm in everyone:
         check_name(f"study {arm.study}: methods.{arm.name}.like", arm.like, known)
         methods[arm.run] = settings(known[arm.like], arm.changes, f"study {arm.study}: methods.{arm.name}.method", epochs)
-    config = config.with_values({"train.methods": methods, "train.compare": list(dict.fromkeys(arm.run for arm in here))})
-    terms = [config.train.methods[arm.run].mixed for arm in everyone]
-    kinds = dict.fromkeys(["semantic", *(term.images for term in terms if term)])
-    return config.with_values({"plan.kinds": list(kinds)})
+    compared = list(dict.fromkeys(arm.run for arm in here))
+    return config.with_values({"plan.kinds": image_kinds(methods), "train.methods": methods, "train.compare": compared})
 
 
 def _merged(studies: Mapping[str, Study], everyone: Sequence[Arm], key: str) -> dict[str, Any]:
