@@ -91,7 +91,8 @@ def search(
             refuse_replacing(context, before)
             run_stages(context, before)
             if tried:
-                inner = replace(context, config=trial_config(config, tried))
+                context.tracker  # noqa: B018  opens the parent run, to which the trials belong
+                inner = replace(context, config=trial_config(config, tried), key=context.parent_key)
                 specs = trial_specs(inner, seeds)
                 errors = _train(inner, specs)
                 context._connected = inner._connected
