@@ -1,5 +1,6 @@
 """The search of `csm bench recipe`: as many trials for each method, of which the one of least NLL on validation is taken."""
 
+import json
 import math
 import random
 from collections import defaultdict
@@ -110,7 +111,8 @@ def draw(config: Config, plan: RecipePlan, name: str, number: int) -> list[Trial
     space, found, seen = plan.space(name), [], set()
     for values in ({}, *_shuffled(space, name)):
         made = settings(config.train.methods[name], values, f"methods.{name}.space", config.train.optimizer.epochs)
-        identity = storage.digest({**made, "optimizer": {**plain(asdict(config.train.optimizer)), **made.get("optimizer", {})}})
+        whole = {**made, "optimizer": {**plain(asdict(config.train.optimizer)), **made["optimizer"]}}
+        identity = json.dumps(json.loads(json.dumps(whole), parse_int=float), sort_keys=True)  # 3 is 3.0
         if identity not in seen:
             seen.add(identity)
             found.append(Trial(name, len(found), values))
