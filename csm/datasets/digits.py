@@ -51,7 +51,7 @@ def digits_degraded(
     seed: int = 0,
     blur: float = 0.9,
     contrast: float = 0.4,
-    noise: float = 0.06,
+    noise: float = 0.07,
     patch: int = 3,
 ) -> RealDataset:
     """The same real digits as a bad camera sees them: every image once, blurred, pale, with some noise and partly covered.
