@@ -105,7 +105,9 @@ def gaussians(
     if base == "digits" and shape != (8, 8, 1):
         raise InputError(f"data.base: digits are 8 x 8 x 1, got {height} x {width} x {channels}; set it to synthetic")
     if base == "digits" and classes > DIGITS and classes % DIGITS:
-        raise InputError(f"data.classes: base digits has {DIGITS} digits: expected 2 to {DIGITS} or a multiple of it, got {classes}")
+        raise InputError(
+            f"data.classes: base digits has {DIGITS} digits: expected 2 to {DIGITS} or a multiple of it, got {classes}"
+        )
     law = _digits_law(classes, components) if base == "digits" else _synthetic_law(classes, shape, components, seed)
     law = _fitting(_overlapping(_blended(law, mean_scale, shared_covariance), bayes_accuracy))
     counts = (train, val, test)

@@ -21,10 +21,17 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
 def _workspace(default: str) -> tuple[object, ...]:
     return (
         click.option(
-            "--workspace", type=click.Path(path_type=Path), default=Path(default), show_default=True, help="Workspaces go below it."
+            "--workspace",
+            type=click.Path(path_type=Path),
+            default=Path(default),
+            show_default=True,
+            help="Workspaces go below it.",
         ),
         click.option(
-            "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
+            "--address",
+            default="local",
+            show_default=True,
+            help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT.",
         ),
     )
 
@@ -40,7 +47,9 @@ def _workspace(default: str) -> tuple[object, ...]:
 @click.option("--seeds", type=click.IntRange(min=1), help="Of each method, with what was chosen for it.  [default: 5]")
 @click.option("--trials", type=click.IntRange(min=1), help="Settings tried for each method; 1: as they stand.  [default: 6]")
 @click.option("--quick", is_flag=True, help="One data set, two seeds, few methods and trials: minutes; below WORKSPACE/quick.")
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan of your own, as flows/configs/bench/recipe.yaml.")
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan of your own, as flows/configs/bench/recipe.yaml."
+)
 @with_options((*_workspace("recipe"), *TRACKING_OPTIONS, *OUTPUT_OPTIONS))
 def recipe(
     datasets: tuple[str, ...],

@@ -114,5 +114,3 @@ def _write(root: Path, found: Sequence[dict[str, Any]], dataset: str) -> None:
     kept = [row for row in before if row["dataset"] not in here]
     storage.write_json(path, [*kept, *found])
     storage.write_json(root / "reach.json", [each._asdict() for each in reach([*kept, *found])])
-
-

@@ -123,7 +123,9 @@ def read_plan(path: Path | None = None) -> RecipePlan:
             check_name(f"{where}methods", name, plan.methods)
     for name, entry in plan.methods.items():
         if entry.like:
-            check_name(f"{where}methods.{name}.like", entry.like, [other for other in plan.methods if not plan.methods[other].like])
+            check_name(
+                f"{where}methods.{name}.like", entry.like, [other for other in plan.methods if not plan.methods[other].like]
+            )
         if entry.like and entry.space:
             raise InputError(f"{where}methods.{name}.space: it has the settings of {entry.like}, so there is nothing to search")
         if plan.space(name).size is None:
@@ -156,7 +158,9 @@ def settings(method: Method, values: Mapping[str, Any], where: str, epochs: int)
         if key == EPOCHS and isinstance(value, str):
             times = re.fullmatch(r"([1-9]\d*)x", value)
             if not times:
-                raise InputError(f"{where}.{key}: expected a number of epochs, or times those of the data set such as 3x, got {value!r}")
+                raise InputError(
+                    f"{where}.{key}: expected a number of epochs, or times those of the data set such as 3x, got {value!r}"
+                )
             value = int(times[1]) * epochs
         merged = merge(merged, nested(key, value))
     return merged

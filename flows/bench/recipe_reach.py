@@ -13,7 +13,15 @@ ECE_SHARE = 1 / 3  # ECE over cross-entropy's, at most
 TV_BELOW = 0.85  # TV over the best baseline's, at most
 WAY = 0.6  # from the TV of cross-entropy to that of the true posterior as annotator, at least
 PLAIN = "cross-entropy"
-LABELS = {"accuracy": "accuracy", "ece": "ECE", "nll": "NLL", "brier": "Brier", "nll_t": "NLL at T", "brier_t": "Brier at T", "tv": "TV"}
+LABELS = {
+    "accuracy": "accuracy",
+    "ece": "ECE",
+    "nll": "NLL",
+    "brier": "Brier",
+    "nll_t": "NLL at T",
+    "brier_t": "Brier at T",
+    "tv": "TV",
+}
 
 Row = Mapping[str, Any]
 
@@ -60,7 +68,9 @@ def _targets(recipe: Row, rows: Sequence[Row]) -> Iterable[Reach]:
     ceiling = next((row for row in rows if row["kind"] == "ceiling"), None)
     if baselines:
         for figure in ("nll", "brier", "nll_t", "brier_t"):
-            yield _ratio(recipe, _best(baselines, figure), figure, BELOW, f"{LABELS[figure]} at most {BELOW:g} of the best baseline's")
+            yield _ratio(
+                recipe, _best(baselines, figure), figure, BELOW, f"{LABELS[figure]} at most {BELOW:g} of the best baseline's"
+            )
     for figure in ("nll", "brier", "nll_t", "brier_t") if ablations else ():
         yield _below_all(recipe, ablations, figure)
     if baselines:
@@ -118,7 +128,9 @@ def reach_table(found: Sequence[Reach]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left")
     table.title = f"{count} of {len(found)} targets reached; x100: mean against mean (difference, its paired 95 % interval)"
     for heading in ("data set", "target", "against", "figure", "limit", "reached", "x100"):
-        table.add_column(heading, justify="right" if heading in ("figure", "limit") else "left", no_wrap=heading not in ("target", "x100"))
+        table.add_column(
+            heading, justify="right" if heading in ("figure", "limit") else "left", no_wrap=heading not in ("target", "x100")
+        )
     for index, each in enumerate(found):
         first = index == 0 or found[index - 1].dataset != each.dataset
         if first and index:

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from csm import storage, tables, truth
+from csm import tables, truth
 from csm.datasets import RealDataset
 from csm.generators import load_truth
 from csm.posthoc import apply_posthoc, fit_posthoc
@@ -92,11 +92,17 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left")
     shown.title = f"{row['dataset']}, test split, {row['seeds']} seeds{bayes}: as trained | at the fitted temperature"
     known = any(row["tv"] is not None for row in found)
-    columns = [name for name in ("accuracy", "ece", "nll", "brier", "tv", "ece_t", "nll_t", "brier_t", "tv_t") if known or "tv" not in name]
+    columns = [
+        name
+        for name in ("accuracy", "ece", "nll", "brier", "tv", "ece_t", "nll_t", "brier_t", "tv_t")
+        if known or "tv" not in name
+    ]
     shown.add_column("method", no_wrap=True)
     shown.add_column("kind", no_wrap=True)
     for name in columns:
-        label = {"accuracy": "acc. %", "ece": "ECE %", "nll": "NLL x100", "brier": "Brier x100", "tv": "TV %"}[name.removesuffix("_t")]
+        label = {"accuracy": "acc. %", "ece": "ECE %", "nll": "NLL x100", "brier": "Brier x100", "tv": "TV %"}[
+            name.removesuffix("_t")
+        ]
         shown.add_column(("| " if name == "ece_t" else "") + label, justify="right", no_wrap=True)
     shown.add_column("device s", justify="right", no_wrap=True)
     kinds = list(dict.fromkeys(row["kind"] for row in found))

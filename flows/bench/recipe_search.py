@@ -140,9 +140,7 @@ def trial_config(config: Config, trials: Sequence[Trial]) -> Config:
 def trial_specs(context: Context, seeds: int) -> list[RunSpec]:
     """The trainings of the trials that the configuration of ``context`` compares."""
     folder = context.workspace.root.absolute() / FOLDER
-    return [
-        replace(spec, directory=folder / spec.run) for spec in run_specs(context, range(FIRST_SEED, FIRST_SEED + seeds))
-    ]
+    return [replace(spec, directory=folder / spec.run) for spec in run_specs(context, range(FIRST_SEED, FIRST_SEED + seeds))]
 
 
 def _train(context: Context, specs: Sequence[RunSpec]) -> dict[str, str]:

@@ -66,15 +66,17 @@ def research(
     chosen = choose_studies(asked, known)
     needed = [arm for name, study in chosen.items() for arm in arms(name, study)]
     places = sorted({arm.place: arm for arm in needed}.values(), key=lambda arm: (arm.config, bool(arm.world)))  # the base first
-    configs = {
-        arm.place: place_config(arm.place, chosen, known, str((root / arm.data).absolute()), seeds) for arm in places
-    }
+    configs = {arm.place: place_config(arm.place, chosen, known, str((root / arm.data).absolute()), seeds) for arm in places}
     failed: dict[str, str] = {}
     for number, arm in enumerate(places):
         changed = ", ".join(f"{key} {value}" for key, value in arm.world.items())
         told = f"research: workspace {number + 1} of {len(places)}, {arm.place}{f' ({changed})' if changed else ''}"
-        say(f"{told}: {len(configs[arm.place].train.compare)} methods x {seeds} seeds; {len(places) - number - 1} workspaces after it")
-        _take_over(configs[arm.place], root / arm.place, [root / other.place for other in places[:number] if other.config == arm.config])
+        say(
+            f"{told}: {len(configs[arm.place].train.compare)} methods x {seeds} seeds; {len(places) - number - 1} workspaces after it"
+        )
+        _take_over(
+            configs[arm.place], root / arm.place, [root / other.place for other in places[:number] if other.config == arm.config]
+        )
         outcome = calibrate(configs[arm.place], root / arm.place, address, command, tracking)
         failed |= {f"{arm.place}: {run}": error for run, error in outcome.failed.items()}
         done = {other.place for other in places[: number + 1]}
@@ -150,14 +152,10 @@ def _rows(root: Path, of: Sequence[Arm], configs: Mapping[str, Config]) -> list[
     return found
 
 
-def _scores(
-    root: Path, of: Sequence[Arm], configs: Mapping[str, Config]
-) -> dict[str, dict[str, list[tuple[Tensor, Tensor]]]]:
+def _scores(root: Path, of: Sequence[Arm], configs: Mapping[str, Config]) -> dict[str, dict[str, list[tuple[Tensor, Tensor]]]]:
     """Split -> method -> for each seed log-probabilities (N, K) and labels (N,) as trained."""
     n_classes = RealDataset.load_info(root / of[0].place).n_classes
-    specs = {
-        place: run_specs(Context(configs[place], Workspace(root / place), STAGES)) for place in {arm.place for arm in of}
-    }
+    specs = {place: run_specs(Context(configs[place], Workspace(root / place), STAGES)) for place in {arm.place for arm in of}}
     scores: dict[str, dict[str, list[tuple[Tensor, Tensor]]]] = {split: {} for split in SPLITS}
     for split, found in scores.items():
         for arm in of:

@@ -123,7 +123,9 @@ def test_the_search_had_the_same_budget_for_each_and_seeds_of_its_own(proved):
         row = next(row for row in rows if row["method"] == name)
         assert row["settings"] == chosen["values"]
         assert (row["search_trials"], row["search_seconds"]) == (2, pytest.approx(sum(trial["seconds"] for trial in of)))
-    assert "recipe: data set 1 of 1, small: phase 1 of 2, images and 6 trials of 3 methods; data sets after it: none" in done.stderr
+    assert (
+        "recipe: data set 1 of 1, small: phase 1 of 2, images and 6 trials of 3 methods; data sets after it: none" in done.stderr
+    )
     assert "phase 2 of 2, 4 methods x 2 seeds" in done.stderr
 
 

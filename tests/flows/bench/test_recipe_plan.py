@@ -29,9 +29,15 @@ def test_the_bundled_plan_has_every_baseline_and_a_search_for_each():
     assert set(plan.of_kind("loss", "pixel-mixing")) == plain
     assert plan.recipe == "csm"
     assert plan.of_kind("paper") == ["paper"]
-    assert {"csm-unmixed", "csm-endpoints", "csm-pixel", "csm-noised", "distillation", "one-hot-synthetic", "deep-ensemble"} == set(
-        plan.of_kind("ablation")
-    )
+    assert {
+        "csm-unmixed",
+        "csm-endpoints",
+        "csm-pixel",
+        "csm-noised",
+        "distillation",
+        "one-hot-synthetic",
+        "deep-ensemble",
+    } == set(plan.of_kind("ablation"))
     for name, entry in plan.methods.items():
         assert entry.like or plan.space(name).size >= plan.full.trials
         for key in plan.space(name).keys if not entry.like else ():

@@ -33,7 +33,9 @@ ROWS = [
 
 def test_validation_decides_and_not_test():
     said = verdict(ROWS)
-    assert said.startswith("Least NLL on validation: `a`; x100, less the reference `csm`, val: -10.0 (-15.0 to -5.0); test: +20.0 (")
+    assert said.startswith(
+        "Least NLL on validation: `a`; x100, less the reference `csm`, val: -10.0 (-15.0 to -5.0); test: +20.0 ("
+    )
     assert "its interval excludes 0" in said
     unsure = verdict([ROWS[0], row("a", 0.59, 0.7, [-0.01, -0.05, 0.02], [0.2, 0.1, 0.3])])
     assert "its interval holds 0: no difference is shown" in unsure
@@ -90,7 +92,11 @@ def test_studies_share_what_is_the_same(two, ray_address, tmp_path, capfd):
     root = tmp_path / "research"
     findings = research(root, ["weight"], 2, ray_address, studies=two)
     assert findings.failed == {}
-    assert [(each["method"], each["workspace"]) for each in findings.rows] == [("csm", "small"), ("light", "small"), ("plain", "small")]
+    assert [(each["method"], each["workspace"]) for each in findings.rows] == [
+        ("csm", "small"),
+        ("light", "small"),
+        ("plain", "small"),
+    ]
     said = capfd.readouterr().err
     assert "research: workspace 1 of 1, small: 3 methods x 2 seeds; 0 workspaces after it" in said
     for each in findings.rows:

@@ -43,7 +43,9 @@ def test_methods_that_need_the_same_images_and_labels_share_a_workspace():
     places = {arm.place for arm in members}
     assert len(places) == 6  # of two data sets, with three kinds of labels
     assert named["gaussians", "one"].place.startswith("gaussians-")
-    assert named["gaussians", "one"].place.removeprefix("gaussians") == named["digits-hard", "one"].place.removeprefix("digits-hard")
+    assert named["gaussians", "one"].place.removeprefix("gaussians") == named["digits-hard", "one"].place.removeprefix(
+        "digits-hard"
+    )
 
 
 def test_the_configuration_of_a_workspace_has_what_all_studies_need_there():
@@ -72,7 +74,10 @@ def test_studies_by_name():
     ("values", "told"),
     [
         ({"question": "?", "hope": "!", "configs": ["digits"]}, "study mine: methods: missing; it must be set"),
-        ({"question": "?", "hope": "!", "configs": ["digits"], "methods": {"a": {}}, "set": {}}, "study mine: set: no such setting"),
+        (
+            {"question": "?", "hope": "!", "configs": ["digits"], "methods": {"a": {}}, "set": {}},
+            "study mine: set: no such setting",
+        ),
         (None, "study mine: "),
     ],
 )
