@@ -66,8 +66,8 @@ def test_an_unknown_study_is_refused_before_anything_is_made(csm, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """Two studies on three classes of 2x2 pixels, one epoch; two of their methods have other labels, and one other images."""
+def path(tmp_path_factory):
+    """Three classes of 2x2 pixels, one epoch."""
     data = {"source": "gaussians", "base": "synthetic", "classes": 3, "height": 2, "width": 2}
     values = {
         "data": {**data, "mean_scale": 1.0, "train": 90, "val": 60, "test": 150},
@@ -79,23 +79,23 @@ def two(tmp_path_factory):
     }
     path = tmp_path_factory.mktemp("config") / "small.yaml"
     path.write_text(yaml.safe_dump(values))
-    weight = {"light": {"method.mixed.weight": 1}, "plain": {"like": "cross-entropy"}}
-    images = {"few": {"plan.sets_per_pair": 4}, "members": {"annotate.members": 2, "method.mixed.annotator": "teacher"}}
-    return {
-        "weight": Study("How heavy?", "Heavy.", (str(path),), weight),
-        "images": Study("How many?", "Many.", (str(path),), images),
-    }
+    return str(path)
 
 
-@pytest.mark.ray
-def test_studies_share_what_is_the_same(two, ray_address, tmp_path, capfd):
+def test_methods_are_compared_with_the_reference_whatever_workspace_they_are_in(path, serial, tmp_path, capfd):
+    """Without mixed images: what the benchmark does with trainings, whatever they are."""
     root = tmp_path / "research"
-    findings = research(root, ["weight"], 2, ray_address, studies=two)
+    losses = {"brier": {"like": "brier"}, "focal": {"like": "focal", "method.parameters.gamma": 1.0}}
+    two = {
+        "losses": Study("Which loss?", "Brier.", (path,), losses, "cross-entropy"),
+        "length": Study("How long?", "Long.", (path,), {"slow": {"train.optimizer.epochs": 2}}, "cross-entropy"),
+    }
+    findings = research(root, ["losses"], 2, studies=two)
     assert findings.failed == {}
-    assert [(each["method"], each["workspace"]) for each in findings.rows] == [
-        ("csm", "small"),
-        ("light", "small"),
-        ("plain", "small"),
+    assert [(each["method"], each["run"], each["workspace"]) for each in findings.rows] == [
+        ("cross-entropy", "cross-entropy", "small"),
+        ("brier", "brier", "small"),
+        ("focal", "losses.focal", "small"),
     ]
     said = capfd.readouterr().err
     assert "research: workspace 1 of 1, small: 3 methods x 2 seeds; 0 workspaces after it" in said
@@ -103,33 +103,48 @@ def test_studies_share_what_is_the_same(two, ray_address, tmp_path, capfd):
         for split in ("val", "test"):
             values = []
             for seed in (0, 1):
-                path = root / "small" / "runs" / f"{each['run']}-seed{seed}" / "predictions.parquet"
-                frame = tables.read(path, tables.predictions(3)).filter(split=split)
+                file = root / "small" / "runs" / f"{each['run']}-seed{seed}" / "predictions.parquet"
+                frame = tables.read(file, tables.predictions(3)).filter(split=split)
                 logits, labels = torch.from_numpy(frame["logits"].to_numpy().copy()), torch.tensor(frame["label"].to_list())
                 values.append(evaluate(logits, labels, metrics=["nll"])["nll"])
             assert each[f"{split}_nll"] == pytest.approx(sum(values) / 2)
-        assert (each["val_nll_minus"] is None) == (each["method"] == "csm")
+        assert (each["val_nll_minus"] is None) == (each["method"] == "cross-entropy")
         assert 0 < each["test_tv"] < 1
-    light = findings.rows[1]
-    assert light["test_nll_minus"][0] == pytest.approx(light["test_nll"] - findings.rows[0]["test_nll"])
-    assert "How heavy?" in (root / "weight.md").read_text()
+    reference, brier, _ = findings.rows
+    assert brier["test_nll_minus"][0] == pytest.approx(brier["test_nll"] - reference["test_nll"])
+    assert "Which loss?" in (root / "losses.md").read_text()
 
-    both = research(root, [], 2, ray_address, studies=two)
-    assert [each["study"] for each in both.rows] == ["weight"] * 3 + ["images"] * 3
+    serial.clear()
+    both = research(root, [], 2, studies=two)
+    assert [each["study"] for each in both.rows] == ["losses"] * 3 + ["length"] * 2
     assert both.rows[:3] == findings.rows
+    slow = both.rows[-1]
+    assert (slow["method"], slow["run"]) == ("slow", "cross-entropy")
+    assert slow["workspace"].startswith("small-")
+    assert serial == ["cross-entropy-seed0", "cross-entropy-seed1"]  # those of the workspace of its own
     said = capfd.readouterr().err
-    few, members = (next(each["workspace"] for each in both.rows if each["method"] == name) for name in ("few", "members"))
+    assert f"workspace 2 of 2, {slow['workspace']} (train.optimizer.epochs 2): 1 methods x 2 seeds; 0 workspaces after it" in said
+    assert said.count("prepare: reused") == 4  # taken over, not read again
+    assert {each["study"] for each in json.loads((root / "research.json").read_text())} == {"losses", "length"}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_images_are_taken_over_where_only_labels_differ(path, ray_address, tmp_path, capfd):
+    images = {"few": {"plan.sets_per_pair": 4}, "members": {"annotate.members": 2, "method.mixed.annotator": "teacher"}}
+    two = {"images": Study("How many?", "Many.", (path,), images)}
+    findings = research(tmp_path / "research", [], 2, ray_address, studies=two)
+    assert findings.failed == {}
+    said = capfd.readouterr().err
+    few, members = (next(each["workspace"] for each in findings.rows if each["method"] == name) for name in ("few", "members"))
     first, second = said.index(f"3, {few} (plan.sets_per_pair 4)"), said.index(f"3, {members} (annotate.members 2)")
     of_few, of_members = said[first : second if second > first else None], said[second : first if first > second else None]
     assert "mix: done" in of_few  # images of its own
     assert "mix: reused" in of_members  # the same images, another teacher
-    assert "mix: reused" in said[: min(first, second)]
-    assert {each["study"] for each in json.loads((root / "research.json").read_text())} == {"weight", "images"}
 
 
-def test_a_study_that_does_not_fit_is_refused(two, tmp_path):
-    path = two["weight"].configs
-    wrong = {"wrong": Study("?", "!", path, {"a": {"method.mixed.wieght": 1}})}
+def test_a_study_that_does_not_fit_is_refused(path, tmp_path):
+    wrong = {"wrong": Study("?", "!", (path,), {"a": {"method.mixed.wieght": 1}})}
     with pytest.raises(InputError, match=r"train.methods.wrong.a.mixed.wieght: no such setting"):
         research(tmp_path / "w", ["wrong"], 1, studies=wrong)
     assert not list(tmp_path.iterdir())

@@ -88,8 +88,8 @@ def test_a_study_that_cannot_be_used_is_refused(values, told):
 
 def test_a_method_that_does_not_exist_is_named():
     wrong = Study("?", "!", ("digits-hard",), {"a": {"like": "nope"}})
-    with pytest.raises(InputError, match="study mine: methods.a.like: unknown 'nope'"):
+    with pytest.raises(InputError, match=r"study mine: methods.a.like: unknown 'nope'"):
         place_config("digits-hard", {"mine": wrong}, {"mine": wrong}, "/base", 1)
     wrong = Study("?", "!", ("digits-hard",), {"a": {"like": "focal", "method.mixed.weight": 1}})
-    with pytest.raises(InputError, match="study mine: methods.a.method.mixed.weight: the method has no mixed"):
+    with pytest.raises(InputError, match=r"study mine: methods.a.method.mixed.weight: the method has no mixed"):
         place_config("digits-hard", {"mine": wrong}, {"mine": wrong}, "/base", 1)
