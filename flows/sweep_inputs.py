@@ -96,7 +96,7 @@ def make_inputs(context: Context, folder: SweepFolder) -> dict[str, Workspace]:
         if not part:
             _run(context, config, IMAGES)
         below = replace(context, workspace=workspace)
-        _link_inputs(replace(below, config=config), [context.workspace, *made.values()])
+        link_inputs(replace(below, config=config), [context.workspace, *made.values()])
         _run(below, config)
         context._connected = below._connected  # Ray is started once
         made[digest] = workspace
@@ -112,7 +112,7 @@ def _run(context: Context, config: Config, stages: Collection[str] = FOLDERS) ->
     context._connected = inner._connected
 
 
-def _link_inputs(context: Context, sources: Sequence[Workspace]) -> None:
+def link_inputs(context: Context, sources: Sequence[Workspace]) -> None:
     """Link into the workspace of ``context`` what its configuration would make again, or in part, as one of ``sources`` holds it."""
     target = context.workspace
     for name in [name for name in verb_stages("run", context.config) if name in FOLDERS]:

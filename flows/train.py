@@ -1,5 +1,6 @@
 """train: every method with every seed, in one Ray Train worker group."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,14 +22,18 @@ from flows.training import fit_runs
 MEMBER_SEEDS = 10_000  # between the seeds of two members of an ensemble: above all of methods and of the teacher
 
 
-def run_specs(context: Context) -> list[RunSpec]:
-    """All runs of the comparison, seed by seed. A run depends on the annotations and the calibration of its own annotator alone."""
+def run_specs(context: Context, seeds: Iterable[int] | None = None) -> list[RunSpec]:
+    """All runs of the comparison, seed by seed. A run depends on the annotations and the calibration of its own annotator alone.
+
+    Args:
+        seeds: None: those that the configuration reports, 0..train.seeds-1.
+    """
     workspace, config = context.workspace, context.config
     train = config.train
     info = RealDataset.load_info(workspace.root)
     labelled = cache(partial(annotated, workspace, config))
     specs = []
-    for seed in range(train.seeds):
+    for seed in range(train.seeds) if seeds is None else seeds:
         for name, method in train.chosen.items():
             source, labels = None, ""
             if method.mixed:

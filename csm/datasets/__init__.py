@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from csm.datasets.cifar import cifar10, cifar100
-from csm.datasets.digits import digits, digits_hard
+from csm.datasets.digits import digits, digits_degraded, digits_hard
 from csm.datasets.gaussians import gaussians
 from csm.datasets.huggingface import SUFFIXES as PARQUET_SUFFIXES
 from csm.datasets.huggingface import huggingface
@@ -23,6 +23,7 @@ from csm.storage import digest
 DATASETS: dict[str, Callable[..., RealDataset]] = {
     "digits": digits,
     "digits-hard": digits_hard,
+    "digits-degraded": digits_degraded,
     "image-folder": image_folder,
     "gaussians": gaussians,
     "cifar10": cifar10,

@@ -1,8 +1,9 @@
-"""scikit-learn's bundled handwritten digits (UCI optdigits test set: 1,797 real 8x8 images of 43 writers), plain and made hard."""
+"""scikit-learn's bundled handwritten digits (UCI optdigits test set: 1,797 real 8x8 images of 43 writers), plain and made hard to read."""
 
 import numpy as np
 
 from csm.datasets.real import RealDataset, build, stratified_splits
+from csm.errors import InputError
 
 CLASS_NAMES = tuple("0123456789")
 
@@ -42,6 +43,43 @@ def digits_hard(
     blurred = gaussian_filter(moved, sigma=(0, blur, blur)) if blur > 0 else moved
     hard = np.clip(blurred + noise * generator.standard_normal(images.shape), 0.0, 1.0)
     return build("digits-hard", _to_uint8(hard), labels, stratified_splits(labels, val, test, seed), CLASS_NAMES)
+
+
+def digits_degraded(
+    val: float = 0.3,
+    test: float = 0.4,
+    seed: int = 0,
+    blur: float = 0.9,
+    contrast: float = 0.4,
+    noise: float = 0.07,
+    patch: int = 3,
+) -> RealDataset:
+    """The same real digits as a bad camera sees them: every image once, blurred, pale, with some noise and partly covered.
+
+    Each image gets, in this order: a Gaussian blur of standard deviation ``blur`` pixels, a contrast drawn uniformly from [contrast, 1]
+    that all its grey levels are multiplied by, independent Gaussian noise of standard deviation ``noise`` of full scale (clipped to the
+    range), and a black square of ``patch`` x ``patch`` pixels at a place drawn uniformly from those inside the image. The draw depends on
+    ``seed`` and the image only, not on its split.
+
+    Raises:
+        InputError: ``contrast`` is not in (0, 1], or ``patch`` is larger than the image.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    images, labels = _load()
+    side = images.shape[1]
+    if not 0 < contrast <= 1:
+        raise InputError(f"data.contrast: expected more than 0 and at most 1, got {contrast:g}")
+    if not 0 <= patch <= side:
+        raise InputError(f"data.patch: expected 0 to {side}, the side of the images, got {patch}")
+    generator = np.random.default_rng([seed, 20261])
+    scales = generator.uniform(contrast, 1.0, size=(len(images), 1, 1))
+    corners = generator.integers(0, side - patch + 1, size=(len(images), 2))
+    blurred = gaussian_filter(images, sigma=(0, blur, blur)) if blur > 0 else images
+    degraded = np.clip(scales * blurred + noise * generator.standard_normal(images.shape), 0.0, 1.0)
+    for image, (top, left) in zip(degraded, corners, strict=True):
+        image[top : top + patch, left : left + patch] = 0.0
+    return build("digits-degraded", _to_uint8(degraded), labels, stratified_splits(labels, val, test, seed), CLASS_NAMES)
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ from csm.generators.gaussians import MAX_PIXELS, ROUNDING_VARIANCE, GaussianGene
 from csm.mixing import to_uint8
 from csm.noise import mix_seeds
 
+DIGITS = 10  # classes of scikit-learn's digits
 REACH = 4.0  # standard deviations of every pixel that lie inside [-1, 1]
 LOG_NOISE = (
     math.log(1e-6),
@@ -87,7 +88,8 @@ def gaussians(
         base: "digits", fitted to all of scikit-learn's digits (``fit_gaussians``; components are k-means clusters of a class): another
             ``seed`` draws other images from the same law. "synthetic", drawn from ``seed``, like the images: means are normal with
             variance 1, covariances have random axes and the variances 1/j of the j-th, scaled to a mean variance of 1.
-        classes, height, width, channels: of base "synthetic"; those of "digits" are 10, 8, 8 and 1.
+        classes: of base "digits": up to 10, the digits 0, 1, ...; or a multiple of 10, each digit cut into as many k-means clusters.
+        height, width, channels: of base "synthetic"; those of "digits" are 8, 8 and 1.
         components: M of each class.
         bayes_accuracy: accuracy of the true posterior's most probable class.
         mean_scale: 1 leaves the means as they are; the smaller, the more of the information is in the covariances.
@@ -100,11 +102,13 @@ def gaussians(
     """
     shape = (height, width, channels)
     _check_ranges(locals())
-    if base == "digits" and (classes, shape) != (10, (8, 8, 1)):
+    if base == "digits" and shape != (8, 8, 1):
+        raise InputError(f"data.base: digits are 8 x 8 x 1, got {height} x {width} x {channels}; set it to synthetic")
+    if base == "digits" and classes > DIGITS and classes % DIGITS:
         raise InputError(
-            f"data.base: digits has 10 classes of 8 x 8 x 1, got {classes} of {height} x {width} x {channels}; set it to synthetic"
+            f"data.classes: base digits has {DIGITS} digits: expected 2 to {DIGITS} or a multiple of it, got {classes}"
         )
-    law = _digits_law(components) if base == "digits" else _synthetic_law(classes, shape, components, seed)
+    law = _digits_law(classes, components) if base == "digits" else _synthetic_law(classes, shape, components, seed)
     law = _fitting(_overlapping(_blended(law, mean_scale, shared_covariance), bayes_accuracy))
     counts = (train, val, test)
     drawn = [_draw(law.generator(), split, count, seed) for split, count in zip(tables.SPLITS, counts, strict=True)]
@@ -145,18 +149,13 @@ def _check_ranges(values: dict[str, Any]) -> None:
         )
 
 
-def _digits_law(components: int) -> Law:
-    """Fitted to all 1,797 digits, each class cut into ``components`` clusters."""
-    from sklearn.cluster import KMeans  # a second to import, which every worker would pay
-
+def _digits_law(classes: int, components: int) -> Law:
+    """Fitted to all 1,797 digits, or to those of the first ``classes``; see ``gaussians``."""
     data = digits()
     images, labels = (torch.cat(parts) for parts in zip(*(data.split(split) for split in tables.SPLITS), strict=True))
-    clusters = labels * components
-    for label in range(data.info.n_classes if components > 1 else 0):
-        members = labels == label
-        found = KMeans(components, n_init=4, random_state=0).fit_predict(images[members].flatten(1).double().numpy())
-        clusters[members] += torch.from_numpy(found)
-    fitted = fit_gaussians(images, clusters, data.info.n_classes * components)
+    images, labels = images[labels < classes], labels[labels < classes]
+    labels = _clusters(images, labels, max(1, classes // DIGITS))
+    fitted = fit_gaussians(images, _clusters(images, labels, components), classes * components)
     weights = fitted.priors.view(-1, components)
     return Law(
         data.info.shape,
@@ -164,6 +163,18 @@ def _digits_law(components: int) -> Law:
         fitted.covariances.unflatten(0, weights.shape),
         weights / weights.sum(dim=1, keepdim=True),
     )
+
+
+def _clusters(images: torch.Tensor, labels: torch.Tensor, number: int) -> torch.Tensor:
+    """Labels int64 (N,) of each class of ``labels`` cut into ``number`` k-means clusters: class k becomes number * k, number * k + 1, ..."""
+    from sklearn.cluster import KMeans  # a second to import, which every worker would pay
+
+    clusters = labels * number
+    for label in labels.unique() if number > 1 else ():
+        members = labels == label
+        found = KMeans(number, n_init=4, random_state=0).fit_predict(images[members].flatten(1).double().numpy())
+        clusters[members] += torch.from_numpy(found)
+    return clusters
 
 
 def _synthetic_law(classes: int, shape: tuple[int, int, int], components: int, seed: int) -> Law:

@@ -5,13 +5,18 @@ from pathlib import Path
 
 import click
 
+from flows.bench.proofs import recipe, research
 from flows.masking import command_line
 from flows.options import OUTPUT_OPTIONS, TRACKING_OPTIONS, print_table, show_result, with_options
 from flows.tracking_address import Address
 
 
-@click.group(help="Speed, as a ratio against a named baseline measured in the same run.")
+@click.group(help="Speed, as a ratio against a named baseline measured in the same run; and what methods are worth.")
 def bench() -> None: ...
+
+
+for command in (recipe, research):
+    bench.add_command(command)
 
 
 @bench.command(

@@ -148,7 +148,7 @@ def _rows(config: Config, workspace: Workspace) -> Iterator[tuple[str, dict[str,
     model = load_truth(workspace.truth)
     assert model is not None  # the data is of source gaussians
     images, names = RealDataset.load(workspace.root).split("test")
-    posterior = _posterior(model, images)
+    posterior = true_posterior(model, images)
     bayes = float((posterior.argmax(dim=1) == names).double().mean())
     labels: dict[str, dict[str, float | None]] = {}
     picked = resolve(workspace, AUTO) if workspace.choice.is_file() else None
@@ -196,12 +196,12 @@ def _labels(
         said = soft_labels(plan, annotated, info.n_classes, calibration)
         mixed = tables.read(part_path(workspace.mixed, shard), tables.MIXED)
         rows = plan.join(said, on="mix_id", maintain_order="left").join(mixed, on="mix_id", maintain_order="left")
-        posterior = _posterior(model, tables.to_images(rows["image"], info.shape))
+        posterior = true_posterior(model, tables.to_images(rows["image"], info.shape))
         pair = (torch.tensor(rows[name].to_list(), dtype=torch.int64) for name in ("class_a", "class_b"))
         yield torch.from_numpy(rows["soft_label"].to_numpy().copy()), posterior, *pair
 
 
-def _posterior(model: ExactGenerator, images: torch.Tensor) -> torch.Tensor:
+def true_posterior(model: ExactGenerator, images: torch.Tensor) -> torch.Tensor:
     """True p(y | x) float64 (N, K) of uint8 images."""
     return torch.cat([model.log_posterior(part.double() / 127.5 - 1) for part in images.split(4096)]).softmax(dim=1)
 

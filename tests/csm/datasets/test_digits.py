@@ -4,7 +4,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 from csm.datasets import RealDataset
-from csm.datasets.digits import digits, digits_hard
+from csm.datasets.digits import digits, digits_degraded, digits_hard
+from csm.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +105,54 @@ def test_shape_and_names(hard: RealDataset) -> None:
     images, labels = hard.split("val")
     assert images.shape == (hard.info.counts["val"], 1, 8, 8)
     assert len(labels) == hard.info.counts["val"]
+
+
+@pytest.fixture(scope="module")
+def degraded() -> RealDataset:
+    return digits_degraded()
+
+
+CLEAN = {"blur": 0.0, "contrast": 1.0, "noise": 0.0, "patch": 0}
+
+
+def test_degraded_digits_are_those_of_scikit_learn_and_always_the_same(degraded: RealDataset) -> None:
+    again = digits_degraded()
+    assert again.info == degraded.info
+    assert again.frame.equals(degraded.frame)
+    assert degraded.frame.sort("image_id")["label"].to_list() == load_digits().target.tolist()
+    assert np.array_equal(pixels(digits_degraded(val=0.1, test=0.2)), pixels(degraded))
+    assert (pixels(digits_degraded(seed=1)) != pixels(degraded)).mean() > 0.5
+
+
+def test_without_degradation_they_are_the_plain_ones(plain: RealDataset) -> None:
+    assert np.array_equal(pixels(digits_degraded(**CLEAN)), pixels(plain))
+
+
+def test_a_black_square_covers_each_image_at_any_place(plain: RealDataset) -> None:
+    before, after = (pixels(dataset).astype(int) for dataset in (plain, digits_degraded(**{**CLEAN, "patch": 3})))
+    changed = after != before
+    assert (after[changed] == 0).all()
+    rows, columns = changed.any(axis=2), changed.any(axis=1)
+    for lost in (rows, columns):
+        first, last = lost.argmax(axis=1), 7 - lost[:, ::-1].argmax(axis=1)
+        assert (last - first)[lost.any(axis=1)].max() == 2  # no higher and no wider than the square
+        assert set(first[lost.sum(axis=1) == 3]) == set(range(6))
+
+
+def test_contrast_is_drawn_for_each_image(plain: RealDataset) -> None:
+    before, after = (pixels(dataset).astype(float) for dataset in (plain, digits_degraded(**{**CLEAN, "contrast": 0.4})))
+    scale = (before * after).sum(axis=(1, 2)) / (before**2).sum(axis=(1, 2))
+    assert np.quantile(scale, [0.0, 0.5, 1.0]) == pytest.approx([0.4, 0.7, 1.0], abs=0.03)
+    assert np.abs(after - scale[:, None, None] * before).max() < 1.5  # of 255: rounding
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"contrast": 0.0}, "data.contrast: expected more than 0 and at most 1, got 0"),
+        ({"patch": 9}, "data.patch: expected 0 to 8, the side of the images, got 9"),
+    ],
+)
+def test_degradations_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        digits_degraded(**settings)

@@ -10,7 +10,7 @@ from scipy.stats import multivariate_normal
 from csm import tables
 from csm.datasets import RealDataset, load_dataset
 from csm.datasets.digits import digits
-from csm.datasets.gaussians import best_accuracy, gaussians
+from csm.datasets.gaussians import _clusters, _digits_law, best_accuracy, gaussians
 from csm.errors import InputError
 from csm.generators.gaussian_mixtures import GaussianMixtureGenerator
 from csm.generators.gaussians import GaussianGenerator, fit_gaussians
@@ -121,6 +121,31 @@ def test_the_truth_of_digits_is_the_fit_made_more_alike(made: Callable[..., Real
     assert (law["means"] - reach).min().item() == pytest.approx(-1, abs=1e-3)
 
 
+def test_few_classes_are_the_first_digits(made: Callable[..., RealDataset]) -> None:
+    data = digits()
+    images, labels = (torch.cat(parts) for parts in zip(*(data.split(split) for split in tables.SPLITS), strict=True))
+    fitted, dataset = fit_gaussians(images[labels < 4], labels[labels < 4], 4), made(classes=4, bayes_accuracy=0.75)
+    assert dataset.info.class_names == ("0", "1", "2", "3")
+    offsets, shrunk = (means - means.mean(dim=0) for means in (fitted.means, laws(dataset)["means"]))
+    scale = (shrunk.norm() / offsets.norm()).item()
+    assert torch.allclose(shrunk, scale * offsets, atol=1e-9)
+
+
+def test_more_classes_are_clusters_of_the_digits() -> None:
+    data = digits()
+    images, labels = (torch.cat(parts) for parts in zip(*(data.split(split) for split in tables.SPLITS), strict=True))
+    clusters = _clusters(images, labels, 3)
+    assert torch.equal(clusters // 3, labels)
+    assert clusters.unique().tolist() == list(range(30))
+    flat = images.flatten(1).double()
+    means = torch.stack([flat[clusters == cluster].mean(dim=0) for cluster in range(30)])
+    own = torch.cdist(flat, means).view(len(flat), 10, 3)[torch.arange(len(flat)), labels]
+    assert (own.argmin(dim=1) == clusters % 3).double().mean() > 0.99  # each lies nearest to its own cluster's mean
+    law = _digits_law(30, 1)
+    assert law.weights.shape == (30, 1)
+    assert torch.allclose(law.means[:, 0], means / 127.5 - 1, atol=1e-9)
+
+
 def test_equal_covariances_leave_a_linear_posterior(made: Callable[..., RealDataset]) -> None:
     law = laws(made(**SMALL, shared_covariance=1.0))
     assert torch.allclose(law["covariances"], law["covariances"][:1].expand_as(law["covariances"]), atol=1e-12)
@@ -174,7 +199,8 @@ def test_the_posterior_is_that_of_scipy(made: Callable[..., RealDataset]) -> Non
     ("settings", "message"),
     [
         ({"base": "mnist"}, r"data.base: expected digits or synthetic, got 'mnist'"),
-        ({"classes": 4}, r"data.base: digits has 10 classes of 8 x 8 x 1, got 4 of 8 x 8 x 1; set it to synthetic"),
+        ({"height": 4}, r"data.base: digits are 8 x 8 x 1, got 4 x 8 x 1; set it to synthetic"),
+        ({"classes": 14}, r"data.classes: base digits has 10 digits: expected 2 to 10 or a multiple of it, got 14"),
         ({"base": "synthetic", "classes": 1}, r"data.classes: expected 2 to 1,000, got 1"),
         ({"components": 0}, r"data.components: expected 1 to 8, got 0"),
         ({"shared_covariance": 1.5}, r"data.shared_covariance: expected 0 to 1, got 1.5"),

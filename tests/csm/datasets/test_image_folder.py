@@ -241,7 +241,9 @@ def test_load_dataset_passes_the_parameters(tmp_path: Path) -> None:
 
 
 def test_an_unknown_source_is_named_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"data.source: unknown 'mnist'; one of digits, digits-hard, image-folder"):
+    with pytest.raises(
+        InputError, match=r"data.source: unknown 'mnist'; one of digits, digits-hard, digits-degraded, image-folder"
+    ):
         load_dataset("mnist")
 
 

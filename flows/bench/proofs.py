@@ -1,0 +1,123 @@
+"""bench recipe and bench research on the command line: what proves the recipe, and what it was found by."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+
+from flows.masking import command_line
+from flows.options import OUTPUT_OPTIONS, TRACKING_OPTIONS, print_table, with_options
+from flows.tracking_address import Address
+
+WIDTH = 180  # of tables, where there is no terminal
+
+
+def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[str, ...]:
+    """Names with commas between."""
+    return tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
+
+
+def _workspace(default: str) -> tuple[object, ...]:
+    return (
+        click.option(
+            "--workspace",
+            type=click.Path(path_type=Path),
+            default=Path(default),
+            show_default=True,
+            help="Workspaces go below it.",
+        ),
+        click.option(
+            "--address",
+            default="local",
+            show_default=True,
+            help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT.",
+        ),
+    )
+
+
+@click.command(
+    "recipe",
+    short_help="The recipe against every baseline and ablation, each at its best.",
+    help="Search settings for every method with the same budget, by NLL on validation, train each with several seeds, and say which "
+    "targets the recipe reaches on which data set.",
+)
+@click.option("--datasets", callback=_names, metavar="NAME,...", help="Configurations, or .yaml files.  [default: the plan's]")
+@click.option("--methods", callback=_names, metavar="NAME,...", help="Of the plan, and those that they need.  [default: all]")
+@click.option("--seeds", type=click.IntRange(min=1), help="Of each method, with what was chosen for it.  [default: 5]")
+@click.option("--trials", type=click.IntRange(min=1), help="Settings tried for each method; 1: as they stand.  [default: 6]")
+@click.option("--quick", is_flag=True, help="One data set, two seeds, few methods and trials: minutes; below WORKSPACE/quick.")
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan of your own, as flows/configs/bench/recipe.yaml."
+)
+@with_options((*_workspace("recipe"), *TRACKING_OPTIONS, *OUTPUT_OPTIONS))
+def recipe(
+    datasets: tuple[str, ...],
+    methods: tuple[str, ...],
+    seeds: int | None,
+    trials: int | None,
+    quick: bool,
+    plan_file: Path | None,
+    workspace: Path,
+    address: str,
+    tracking_uri: str,
+    experiment: str,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    from flows.bench.recipe import recipe as prove
+    from flows.bench.recipe_plan import read_plan
+    from flows.bench.recipe_reach import reach, reach_table
+    from flows.bench.recipe_rows import table
+
+    tracking, line = Address(tracking_uri, experiment), command_line(address)
+    proof = prove(workspace, read_plan(plan_file), datasets, methods, seeds, trials, quick, address, line, tracking)
+    for dataset in dict.fromkeys(row["dataset"] for row in proof.rows):
+        print_table(table([row for row in proof.rows if row["dataset"] == dataset]), WIDTH)
+    if found := reach(proof.rows):
+        print_table(reach_table(found), WIDTH)
+    if as_json:
+        click.echo(json.dumps(proof.rows))
+    _tell(proof.failed)
+
+
+@click.command(
+    "research",
+    short_help="Controlled experiments on mixing, labels and training.",
+    help="Train the methods of each STUDY (none: all of flows/configs/research) and compare them with its reference, on validation, by which "
+    "to decide, and on test.",
+)
+@click.argument("studies", nargs=-1, metavar="[STUDY ...]")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Of each method.")
+@with_options((*_workspace("research"), *TRACKING_OPTIONS, *OUTPUT_OPTIONS))
+def research(
+    studies: tuple[str, ...],
+    seeds: int,
+    workspace: Path,
+    address: str,
+    tracking_uri: str,
+    experiment: str,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    from flows.bench.research import research as study
+    from flows.bench.research_views import tables
+    from flows.bench.studies import read_studies
+
+    findings = study(workspace, studies, seeds, address, command_line(address), Address(tracking_uri, experiment))
+    known = read_studies()
+    for name in dict.fromkeys(row["study"] for row in findings.rows):
+        for table in tables(name, known[name], [row for row in findings.rows if row["study"] == name]):
+            print_table(table, WIDTH)
+        click.echo(f"as Markdown: {workspace / f'{name}.md'}")
+    if as_json:
+        click.echo(json.dumps(findings.rows))
+    _tell(findings.failed)
+
+
+def _tell(failed: Mapping[str, str]) -> None:
+    for run, error in failed.items():
+        click.echo(f"csm: failed: {run}: {error}", err=True)
+    if failed:
+        click.echo("csm: the same command trains what failed again, and nothing else", err=True)
+        raise SystemExit(1)

@@ -1,0 +1,116 @@
+"""bench recipe: the recipe against the published method, every baseline and every ablation, each with its best settings."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from csm import storage
+from csm.errors import InputError
+from csm.parameters import check_name
+from flows.artifacts import Workspace
+from flows.bench.calibration import calibrate
+from flows.bench.recipe_plan import KNOWN_TRUTH, RecipePlan, base_settings, check_datasets, image_kinds
+from flows.bench.recipe_reach import reach
+from flows.bench.recipe_rows import rows
+from flows.bench.recipe_search import chosen_config, draw, search
+from flows.config import Config, load_config
+from flows.progress import say
+from flows.tracking_address import OWN, Address
+
+
+class Proof(NamedTuple):
+    """What the comparison found: rows of the data sets that were asked for, and run -> error of trainings that failed."""
+
+    rows: list[dict[str, Any]]
+    failed: dict[str, str]
+
+
+class Work(NamedTuple):
+    """A data set of the comparison: its name, its configuration with the methods as they stand, and these methods."""
+
+    name: str
+    config: Config
+    methods: tuple[str, ...]
+
+
+def recipe(
+    root: Path,
+    plan: RecipePlan,
+    datasets: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    seeds: int | None = None,
+    trials: int | None = None,
+    quick: bool = False,
+    address: str = "local",
+    command: str = "",
+    tracking: Address = OWN,
+) -> Proof:
+    """Search every method's settings with the same budget and compare the methods with what was chosen, data set by data set.
+
+    Each data set is a workspace below ``root``: what is finished there is not done again, and a changed plan trains only what changed.
+    After each, ``root/recipe.json`` has its rows (beside those of other data sets from earlier) and ``root/reach.json`` the targets.
+
+    Args:
+        datasets, methods, seeds, trials: other ones than the plan's; methods that the given ones need come along.
+        quick: the small size of the plan, below ``root/quick``.
+
+    Raises:
+        InputError: a name is unknown, the plan does not fit the configurations, or whatever the pipeline refuses.
+    """
+    size = plan.quick if quick else plan.full
+    root = root / "quick" if quick else root
+    trials, seeds = trials or size.trials, seeds or size.seeds
+    works = [_work(plan, name, size.methods, methods, seeds) for name in _datasets(plan, datasets or size.datasets)]
+    found: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    for number, work in enumerate(works):
+        folder = root / work.name
+        left = ", ".join(each.name for each in works[number + 1 :]) or "none"
+        where = f"recipe: data set {number + 1} of {len(works)}, {work.name}"
+        searched = [name for name in work.methods if not plan.methods[name].like]
+        tried = sum(len(draw(work.config, plan, name, trials)) for name in searched) if trials > 1 else 0
+        say(f"{where}: phase 1 of 2, images and {tried} trials of {len(searched)} methods; data sets after it: {left}")
+        options = (folder, address, command, tracking)
+        chosen = search(work.config, plan, work.methods, trials, size.trial_seeds, *options)
+        say(f"{where}: phase 2 of 2, {len(work.methods)} methods x {seeds} seeds; data sets after it: {left}")
+        outcome = calibrate(chosen_config(work.config, plan, work.methods, chosen), *options)
+        failed |= {f"{work.name}: {run}": error for run, error in outcome.failed.items()}
+        if outcome.config is not None:
+            found += rows(outcome.config, Workspace(folder), work.name, plan, chosen)
+        _write(root, found, work.name)
+    return Proof(found, failed)
+
+
+def _datasets(plan: RecipePlan, names: Sequence[str]) -> list[str]:
+    check_datasets(names, plan)
+    stems = [Path(name).stem for name in names]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice:
+        raise InputError(f"--datasets: {twice} is named more than once")
+    return list(names)
+
+
+def _work(plan: RecipePlan, dataset: str, known: Sequence[str], asked: Sequence[str], seeds: int) -> Work:
+    """What is done on ``dataset``: images of all kinds that the ``known`` methods (none: all) train on, and of these the ``asked``."""
+    overrides = [f"{key}={json.dumps(value)}" for key, value in plan.settings.items()]
+    config = load_config(dataset, [*overrides, f"train.seeds={seeds}", "train.loss=null"])
+    for name in asked:
+        check_name("--methods", name, plan.methods)
+    possible = [name for name in plan.methods if plan.methods[name].kind != "ceiling" or config.data["source"] == KNOWN_TRUTH]
+    everything = [name for name in plan.with_needed(known or possible) if name in possible]
+    chosen = tuple(name for name in plan.with_needed(asked) if name in possible) if asked else tuple(everything)
+    methods = {name: base_settings(plan, config, name, {}) for name in dict.fromkeys((*everything, *chosen))}
+    # Images for all of them, so that a workspace in which some methods are compared is good for the others.
+    changes = {"plan.kinds": image_kinds(methods), "train.methods": methods, "train.compare": list(chosen)}
+    return Work(Path(dataset).stem, config.with_values(changes), chosen)
+
+
+def _write(root: Path, found: Sequence[dict[str, Any]], dataset: str) -> None:
+    """Bring the rows of ``dataset`` into the file, beside those of others."""
+    path = root / "recipe.json"
+    before = storage.read_json(path) if path.is_file() else []
+    here = {row["dataset"] for row in found} | {dataset}
+    kept = [row for row in before if row["dataset"] not in here]
+    storage.write_json(path, [*kept, *found])
+    storage.write_json(root / "reach.json", [each._asdict() for each in reach([*kept, *found])])

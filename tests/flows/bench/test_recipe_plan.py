@@ -1,0 +1,124 @@
+import pytest
+import yaml
+
+from csm.errors import InputError
+from csm.methods import Method, MixedTerm
+from flows.bench.recipe_plan import base_settings, check_datasets, image_kinds, read_plan, settings
+from flows.config import load_config
+
+SIZE = {"datasets": ["digits-hard"]}
+SMALL = {"full": SIZE, "quick": SIZE, "methods": {"csm": {"kind": "recipe"}}}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """``written(key=value, ...)`` writes the small plan with these sections and gives the path."""
+
+    def write(**sections):
+        path = tmp_path / "plan.yaml"
+        path.write_text(yaml.safe_dump({**SMALL, **sections}))
+        return path
+
+    return write
+
+
+def test_the_bundled_plan_has_every_baseline_and_a_search_for_each():
+    plan = read_plan()
+    known = load_config("digits-hard").train.methods
+    plain = {name for name, method in known.items() if method.mixed is None and method.members == 1}
+    assert set(plan.of_kind("loss", "pixel-mixing")) == plain
+    assert plan.recipe == "csm"
+    assert plan.of_kind("paper") == ["paper"]
+    assert {
+        "csm-unmixed",
+        "csm-endpoints",
+        "csm-pixel",
+        "csm-noised",
+        "distillation",
+        "one-hot-synthetic",
+        "deep-ensemble",
+    } == set(plan.of_kind("ablation"))
+    for name, entry in plan.methods.items():
+        assert entry.like or plan.space(name).size >= plan.full.trials
+        for key in plan.space(name).keys if not entry.like else ():
+            settings(known[name], {key: 1}, name, 60)  # its section is there
+
+
+def test_what_a_method_needs_comes_along():
+    plan = read_plan()
+    assert plan.with_needed(["csm-truth"]) == ("csm", "csm-truth")
+    assert plan.with_needed(["deep-ensemble", "focal"]) == ("cross-entropy", "focal", "deep-ensemble")
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"methods": {"csm": {"kind": "loss"}}}, "methods: expected one of kind recipe, got 0"),
+        ({"methods": {"csm": {"kind": "best"}}}, "methods.csm.kind: expected 'recipe'"),
+        ({"common": {"optimizer.learning_rate": {"low": 0.1, "high": 0.2}}}, "optimizer.learning_rate has no end"),
+        ({"methods": {**SMALL["methods"], "a": {"kind": "loss", "like": "b"}}}, "methods.a.like: unknown 'b'; one of csm"),
+        ({"full": {**SIZE, "methods": ["nope"]}}, "methods: unknown 'nope'; one of csm"),
+        ({"full": {**SIZE, "epochs": 3}}, "full.epochs: no such setting; allowed: datasets, methods"),
+        (
+            {"methods": {**SMALL["methods"], "a": {"kind": "loss", "like": "csm", "space": {"loss": ["focal"]}}}},
+            "methods.a.space: it has the settings of csm, so there is nothing to search",
+        ),
+    ],
+)
+def test_a_plan_that_cannot_be_used_is_refused(written, sections, told):
+    path = written(**sections)
+    with pytest.raises(InputError) as refused:
+        read_plan(path)
+    assert str(refused.value).startswith(f"--plan {path}: ")
+    assert told in str(refused.value)
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InputError, match="the file does not exist"):
+        read_plan(tmp_path / "nope.yaml")
+
+
+def test_data_sets_are_configurations():
+    plan = read_plan()
+    check_datasets(["digits-hard", "cifar10", "mine/data.yaml"], plan)
+    for name in ("nosuch", "default"):
+        with pytest.raises(InputError, match=f"--datasets {name}: unknown; one of digits-hard, gaussians, gaussians-k4"):
+            check_datasets([name], plan)
+
+
+def test_settings_are_laid_over_a_method():
+    method = Method(loss="focal", parameters={"gamma": 3.0})
+    made = settings(method, {"parameters.gamma": 1, "optimizer.epochs": "3x", "optimizer.shift": 1}, "here", 40)
+    assert made["parameters"] == {"gamma": 1}
+    assert made["optimizer"] == {"epochs": 120, "shift": 1}
+    assert made["loss"] == "focal"
+    assert settings(method, {}, "here", 40) == settings(method, {"parameters.gamma": 3.0}, "here", 40)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"mixed.weight": 4}, "here.mixed.weight: the method has no mixed; leave it out"),
+        ({"mixing.parameters.alpha": 1}, "here.mixing.parameters.alpha: the method has no mixing; leave it out"),
+        ({"optimizer.epochs": "long"}, "here.optimizer.epochs: expected a number of epochs, or times those of the data set"),
+    ],
+)
+def test_settings_that_a_method_cannot_have_are_refused(values, told):
+    with pytest.raises(InputError, match=told):
+        settings(Method(), values, "here", 60)
+
+
+def test_a_method_like_another_has_what_was_chosen_for_that():
+    plan, config = read_plan(), load_config("gaussians")
+    made = base_settings(plan, config, "csm-truth", {"csm": {"mixed.weight": 32, "optimizer.epochs": "3x"}})
+    assert (made["mixed"]["annotator"], made["mixed"]["weight"]) == ("truth", 32)
+    assert made["optimizer"] == {"epochs": 3 * config.train.optimizer.epochs}
+    assert made["mixed"]["schedule"] == config.train.methods["csm"].mixed.schedule
+    assert base_settings(plan, config, "deep-ensemble", {})["members"] == 5
+
+
+def test_kinds_of_images_that_methods_need():
+    terms = [MixedTerm(images="pixel"), MixedTerm(), MixedTerm(images="unmixed", schedule="uniform")]
+    made = {str(number): settings(Method(mixed=term), {}, "", 1) for number, term in enumerate(terms)}
+    assert image_kinds(made) == ["semantic", "unmixed", "pixel"]
+    assert image_kinds({"plain": settings(Method(), {}, "", 1)}) == ["semantic"]
