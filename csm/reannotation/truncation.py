@@ -44,7 +44,7 @@ def stored_classes(n_classes: int, top: int | None) -> int | None:
 
 
 def truncate(log_posterior: torch.Tensor, top: int) -> Truncated:
-    """The ``top`` < K most probable classes of a log-posterior (N, K), and the mass of the others, which keeps its digits when it is small."""
+    """The ``top`` < K most probable classes of a log-posterior (N, K), and the mass of the others, exact even where it is small."""
     kept, classes = log_posterior.float().topk(top, dim=1)
     return Truncated(classes, kept, log_posterior.float().scatter(1, classes, -torch.inf).logsumexp(dim=1))
 

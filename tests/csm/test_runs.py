@@ -253,7 +253,7 @@ def test_mixed_images_are_joined_by_id_over_all_part_files(workspace: Path) -> N
     for path in (moved / "mixed").iterdir():
         path.unlink()
     tables.write(
-        pl.concat(parts).sample(fraction=1.0, shuffle=True, seed=1), moved / "mixed" / "part-00000009.parquet", tables.MIXED
+        pl.concat(parts).sample(fraction=1.0, shuffle=True, seed=1), moved / "mixed" / "part-00000001.parquet", tables.MIXED
     )
     for path in (moved / "annotations").iterdir():
         tables.write(tables.read(path, tables.annotations(3)).reverse(), path, tables.annotations(3))

@@ -46,7 +46,7 @@ def write_run(folder, method, seed, signal, labels=None, loss="cross-entropy", l
     tables.write(pl.concat(parts), folder / "predictions.parquet", tables.predictions(CLASSES))
     model = {"network": "small-cnn", "parameters": {"width": 8}, "class_names": ["a", "b", "c"]}
     storage.write_json(folder / "model.json", model)
-    settings = {"description": f"{method} in words", "loss": loss, "parameters": {}, "mixed": mixed}
+    settings = {"description": f"{method} in words", "loss": loss, "parameters": {}, "mixed": mixed, "members": 1}
     record = {"run": folder.name, "method": method, "seed": seed, "seconds": 10.0 + seed, "settings": settings}
     storage.write_json(folder / "run.json", {**record, "optimizer": {"epochs": 2, "learning_rate": learning_rate}})
 

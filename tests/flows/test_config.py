@@ -122,7 +122,7 @@ def test_an_empty_file_is_the_defaults_under_its_name(text, config_file):
         ("train.nope=1", "methods, compare, loss, workers, seeds, network, parameters, optimizer"),
         ("train.optimizer.nope=1", "kind, epochs, batch_size, learning_rate,"),
         ("train.methods.csm.nope=1", "description, loss, parameters, mixing, mixed"),
-        ("train.methods.csm.mixed.nope=1", "annotator, loss, weight, schedule, per_real"),
+        ("train.methods.csm.mixed.nope=1", "annotator, loss, weight, images, schedule, per_real"),
         ("annotate.nope=1", "annotators, encoders, annotator, candidates, members"),
         ("annotate.annotators.lda.nope=1", "head, encoder, parameters, calibrator, scale, pair, members, description"),
         ("annotate.annotators.lda.parameters.nope=1", "shrinkage"),
@@ -229,7 +229,7 @@ def test_a_value_out_of_range_is_refused(override):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.source=mnist", "data.source: unknown 'mnist'; one of digits, digits-hard, image-folder"),
+        ("data.source=mnist", "data.source: unknown 'mnist'; one of digits, digits-hard, digits-degraded, image-folder"),
         ("mix.operator=mean", "mix.operator: unknown 'mean'; one of embedding, slerp, score"),
         ("train.network=resnet", "train.network: unknown 'resnet'; one of small-cnn"),
         ("train.compare=[csm, nope]", "train.compare: unknown 'nope'; one of cross-entropy, label-smoothing,"),

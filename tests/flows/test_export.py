@@ -99,7 +99,7 @@ def fit_annotators(context, record):
 def annotate(context, record):
     draw = np.random.default_rng(2)
     for name, calibration in CALIBRATIONS.items():
-        keys = _keys(context.workspace, name)
+        keys = _keys(context.workspace, context.config, name)
         for shard, count in plan_shards(context.workspace.plan).items():
             rows = read_plan(context.workspace.plan, shard)
             posterior = np.log(draw.dirichlet(np.ones(3), count)).astype(np.float32)

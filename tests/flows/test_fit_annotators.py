@@ -278,7 +278,7 @@ def test_an_ensemble_among_the_candidates_goes_on_without_a_member_that_cannot_b
     kept = storage.read_json(root / "annotators/pool/annotator.json")["chosen"]
     assert list(kept) == ["teacher", "lda"]
     assert storage.read_json(root / "annotators" / "auto.json")["chosen"] == "pool"
-    (job,) = [job for job in annotate_jobs(context, "mixed", frozenset({0})) if job.name == "pool"]
+    (job,) = [job for job in annotate_jobs(context, frozenset({0})) if job.name == "pool"]
     assert [member.name for member in job.spec.members] == ["teacher", "lda"]
     assert set(job.encoders) == {"teacher", "classifier"}
     assert all(path.exists() for path in STAGE.outputs(context.workspace, context.config))

@@ -209,7 +209,7 @@ class FakeContext:
     def __init__(self, tracker, root):
         self.tracker = tracker
         self.workspace = SimpleNamespace(root=root)
-        self.data = None
+        self.data, self.forced = None, frozenset()
         self.config = SimpleNamespace(resources=SimpleNamespace(train=None), train=SimpleNamespace(workers=1))
 
     def connect(self):

@@ -145,9 +145,9 @@ def test_a_model_of_latent_codes_is_refused(tmp_path: Path, monkeypatch: pytest.
         ({"levels": 0}, "levels must be at least 1, got 0"),
         ({"draws": -1}, "draws must be at least 1, got -1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"sigma_min": 0.0}, "sigma_min must be above 0 and below sigma_max, got 0 and 5"),
-        ({"sigma_min": 6.0}, "sigma_min must be above 0 and below sigma_max, got 6 and 5"),
-        ({"sigma_max": float("nan")}, "sigma_min must be above 0 and below sigma_max, got 0.1 and nan"),
+        ({"sigma_min": 0.0}, "sigma_min must be above 0 and below sigma_max, got 0 and 3"),
+        ({"sigma_min": 6.0}, "sigma_min must be above 0 and below sigma_max, got 6 and 3"),
+        ({"sigma_max": float("nan")}, "sigma_min must be above 0 and below sigma_max, got 0.2 and nan"),
     ],
 )
 def test_a_setting_out_of_range_is_named(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
