@@ -545,7 +545,7 @@ def test_only_mixtures_are_exported_unless_another_kind_is_asked_for(tmp_path, c
         asked = ["export", "--config", config, "--workspace", root, "--format", "huggingface", "--output", output, "--json"]
         arguments = [str(word) for word in [*asked, *(["--kind", kind] if kind != "semantic" else [])]]
         monkeypatch.setattr(sys, "argv", ["csm", *arguments])
-        cli.main(arguments, standalone_mode=False)
+        cli.main(arguments)
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert (result["kind"], result["rows"]) == (kind, count)
         assert set(exported("huggingface", output)) == set(planned.filter(kind=kind)["mix_id"])

@@ -374,9 +374,9 @@ def test_annotations_are_identified_by_image_fit_and_calibration(fit: Fit, root:
     digests.add(annotated(workspace, config, "teacher"))
     fit("annotate.annotators.teacher.calibrator=none")
     digests.add(annotated(workspace, config, "teacher"))
-    digests.add(annotated(workspace, load_config("demo", ["annotate.top=2"]), "teacher"))  # of three classes
+    digests.add(annotated(workspace, load_config("demo", ["annotate.top=2"]), "teacher"))  # of four classes
     assert len(digests) == 5
-    digests.add(annotated(workspace, load_config("demo", ["annotate.top=3"]), "teacher"))  # all of them: as by default
+    digests.add(annotated(workspace, load_config("demo", ["annotate.top=4"]), "teacher"))  # all of them: as by default
     assert len(digests) == 5
 
 

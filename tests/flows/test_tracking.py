@@ -215,7 +215,7 @@ class FakeContext:
     def connect(self):
         """Nothing to join."""
 
-    def child(self, key, name, tags, params):
+    def child(self, key, name, tags, params, parent=None):
         self.tracker.open_run(key, name, tags, params)
         return key
 
