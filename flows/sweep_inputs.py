@@ -73,7 +73,8 @@ def input_config(config: Config, values: Mapping[str, Any]) -> Config:
     names = dict.fromkeys(name for corner in corners for name in corner.annotators)
     methods = {f"sweep-{number}": {"mixed": asdict(MixedTerm(annotator=name))} for number, name in enumerate(names)}
     more = {f"train.methods.{name}": plain(method) for name, method in methods.items()}
-    return base.with_values({**more, "train.compare": list(methods)})
+    # One that a trial asks for in place of the base's own, which need not be among them.
+    return base.with_values({**more, "train.compare": list(methods), "annotate.annotator": next(iter(names))})
 
 
 def make_inputs(context: Context, folder: SweepFolder) -> dict[str, Workspace]:
