@@ -244,7 +244,7 @@ def test_a_bundled_sweep_does_not_stand_in_the_way_of_other_settings() -> None:
         ),
         (
             "tune.space.method.mixed.weight.high=0.1",
-            "tune.space.method.mixed.weight: empty range; expected low below high, got 0.5 and 0.1",
+            "tune.space.method.mixed.weight: empty range; expected low below high, got 1.0 and 0.1",
         ),
         (
             "tune.space.method.mixed.per_real={low: 0.5, high: 2.5}",
