@@ -74,7 +74,8 @@ def input_config(config: Config, values: Mapping[str, Any]) -> Config:
     terms = [MixedTerm(annotator=name, images=base.plan.kinds[0], schedule="uniform") for name in names]
     methods = {f"sweep-{number}": {"mixed": asdict(term)} for number, term in enumerate(terms)}
     more = {f"train.methods.{name}": plain(method) for name, method in methods.items()}
-    return base.with_values({**more, "train.compare": list(methods)})
+    # One that a trial asks for in place of the base's own, which need not be among them.
+    return base.with_values({**more, "train.compare": list(methods), "annotate.annotator": next(iter(names))})
 
 
 def make_inputs(context: Context, folder: SweepFolder) -> dict[str, Workspace]:
