@@ -16,6 +16,7 @@ from csm import storage, tables
 from csm.errors import InputError
 from csm.noise import mix_seeds
 from csm.pairs import Pairs, all_pairs, listed_pairs
+from csm.plan_rules import pair_policy
 
 MEASURED = ("confusion", "prototypes")  # policies whose pairs are chosen by what fitted annotators say
 CHUNK_ROWS = 65536  # of a row group, about: what a reader of one shard decodes
@@ -23,7 +24,7 @@ CHUNK_ROWS = 65536  # of a row group, about: what a reader of one shard decodes
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class PlanConfig:
-    """Which mixed images to make.
+    """Which mixed images to make. What is ``auto`` is resolved by ``csm.plan_rules`` once the data are known.
 
     Attributes:
         pairs: "all" unordered pairs of different classes; those of each class with the ``pairs_per_class`` classes that it is most
@@ -34,19 +35,26 @@ class PlanConfig:
         ratios: number of ratios of a set, spaced by ``grid`` from 0 to 1 with both ends (paper: 8); or a list of rising ratios.
         grid: spacing, see ``GRIDS``: "uniform" (the paper's), "cosine" (denser at the ends) or "beta".
         alpha: of the "beta" grid, the quantiles of Beta(alpha, alpha): below 1 denser at the ends, above 1 denser in the middle.
-        sets_per_pair: number of initial noises for each pair.
+        sets_per_pair: number of initial noises for each pair, see ``sets``.
         shard_rows: rows of a shard, the unit of work; whole sets.
         seed: another seed gives other noises and other ids.
     """
 
-    pairs: Literal["all", "confusion", "prototypes"] | tuple[tuple[int | str, int | str], ...] = "all"
-    pairs_per_class: int = Field(default=3, ge=1)
+    pairs: Literal["auto", "all", "confusion", "prototypes"] | tuple[tuple[int | str, int | str], ...] = "auto"
+    pairs_per_class: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     ratios: Annotated[int, Field(ge=2, le=255)] | tuple[Annotated[float, Field(ge=0, le=1)], ...] = 8
     grid: Literal["uniform", "cosine", "beta"] = "uniform"
     alpha: float = Field(default=2.0, gt=0)
-    sets_per_pair: int = Field(default=4, ge=1, le=1_000_000)
+    sets_per_pair: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] = "auto"
     shard_rows: int = Field(default=2048, ge=1)
     seed: int = Field(default=0, ge=0)
+
+    @property
+    def sets(self) -> int:
+        """``sets_per_pair`` of a resolved configuration."""
+        if isinstance(self.sets_per_pair, str):
+            raise ValueError("sets_per_pair: expected a number, got 'auto', which resolve_plan makes one")
+        return self.sets_per_pair
 
 
 GRIDS: dict[str, Callable[[npt.NDArray[np.float64], float], npt.NDArray[np.float64]]] = {
@@ -101,9 +109,10 @@ def make_plan(n_classes: int, dataset: str, generator: str, config: PlanConfig, 
         InputError: a pair names an unknown class, twice the same class, or stands twice; or the ratios cannot be used.
     """
     if pairs is None:
-        if config.pairs in MEASURED:
-            raise ValueError(f"pairs: expected those that were chosen by {config.pairs}, got None")
-        pairs = all_pairs(n_classes) if isinstance(config.pairs, str) else listed_pairs(config.pairs, n_classes)
+        policy = pair_policy(n_classes) if config.pairs == "auto" else config.pairs
+        if policy in MEASURED:
+            raise ValueError(f"pairs: expected those that were chosen by {policy}, got None")
+        pairs = all_pairs(n_classes) if isinstance(policy, str) else listed_pairs(policy, n_classes)
     return pl.concat(_chunks(pairs, dataset, generator, config))
 
 
@@ -112,7 +121,7 @@ def write_plan(path: Path, pairs: Pairs, dataset: str, generator: str, config: P
 
     A row group of the file holds whole shards, about ``CHUNK_ROWS`` rows. Time and disk grow with the plan, memory does not.
     """
-    rows = len(pairs) * config.sets_per_pair * len(ratio_grid(config))
+    rows = len(pairs) * config.sets * len(ratio_grid(config))
     digest = hashlib.blake2b((8 * rows).to_bytes(8, "little"), digest_size=8)  # plan_digest's first part, which is here in pieces
     with tables.in_pieces(path, tables.PLAN) as write:
         for chunk in _chunks(pairs, dataset, generator, config):
@@ -137,8 +146,8 @@ def _chunks(pairs: Pairs, dataset: str, generator: str, config: PlanConfig) -> I
     id_key = seed_key if uniform else storage.digest(dataset, generator, config.seed, ratios.tolist())
     sets_per_shard = max(1, config.shard_rows // steps)
     sets_per_chunk = sets_per_shard * max(1, CHUNK_ROWS // (sets_per_shard * steps))
-    for start in range(0, len(pairs) * config.sets_per_pair, sets_per_chunk):
-        number = np.arange(start, min(start + sets_per_chunk, len(pairs) * config.sets_per_pair))
+    for start in range(0, len(pairs) * config.sets, sets_per_chunk):
+        number = np.arange(start, min(start + sets_per_chunk, len(pairs) * config.sets))
         group, (class_a, class_b) = number // len(pairs), pairs[number % len(pairs)].T
         sets = pl.DataFrame(
             {

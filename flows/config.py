@@ -207,14 +207,17 @@ def _check_names(config: Config) -> Config:
     if any(letter in (config.register.name or "") for letter in REGISTRY_FORBIDS):
         raise InputError(f"register.name: expected a name without {' '.join(REGISTRY_FORBIDS)}, got {config.register.name!r}")
     train = check_train(config.train, annotate)
-    _check_sets(train, config.plan)
+    check_sets(train, config.plan)
     annotate = check_teacher(train, annotate)
     shifts = {name: _check_shift(f"evaluate.shifts.{name}", name, shift) for name, shift in config.evaluate.shifts.items()}
     evaluate = replace(config.evaluate, shifts=shifts)
     return replace(config, data={"source": source, **data}, train=train, annotate=annotate, evaluate=evaluate)
 
 
-def _check_sets(train: TrainConfig, plan: PlanConfig) -> None:
+def check_sets(train: TrainConfig, plan: PlanConfig) -> None:
+    """``InputError`` if a method asks for more sets of a pair than are planned; of a plan that is not resolved nothing is known yet."""
+    if isinstance(plan.sets_per_pair, str):
+        return
     for name, method in train.chosen.items():
         sets = method.mixed.sets if method.mixed else None
         if sets is not None and sets > plan.sets_per_pair:

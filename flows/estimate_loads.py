@@ -14,6 +14,7 @@ from csm.planning import MEASURED, ratio_grid
 from flows.annotators import AUTO
 from flows.config import Config
 from flows.run import verb_stages
+from flows.stages import resolve
 
 FORWARD = 1 / 3  # of the arithmetic of a training step: forward, and backward to weights and to activations
 
@@ -55,6 +56,7 @@ class Load:
 
 def loads(config: Config, info: DatasetInfo) -> list[Load]:
     """Loads of the stages of `csm run` that have a network to compute, from the configuration alone: as if nothing were done yet."""
+    config = resolve(config, info)
     stages, found = verb_stages("run", config), [_train(config, info)]
     if "generator" in stages and not config.generator.path and config.generator.kind in ("auto", "unet"):
         found.append(_fit_generator(config))
@@ -111,8 +113,8 @@ def _mixing(config: Config, info: DatasetInfo) -> list[Load]:
     plan, n = config.plan, info.n_classes
     ratios, possible = ratio_grid(config.plan), n * (n - 1) // 2
     chosen = plan.pairs in MEASURED
-    pairs = min(possible, n * plan.pairs_per_class) if chosen else possible if plan.pairs == "all" else len(plan.pairs)
-    images = pairs * plan.sets_per_pair * len(ratios)
+    pairs = min(possible, n * int(plan.pairs_per_class)) if chosen else possible if plan.pairs == "all" else len(plan.pairs)
+    images = pairs * plan.sets * len(ratios)
     shard = min(images, max(1, plan.shard_rows // len(ratios)) * len(ratios))
     each = evaluations_per_image(config.mix.sampler, config.mix.operator, ratios.tolist())
     most = "at most " if chosen else ""

@@ -16,9 +16,11 @@ from flows.stages import Context, Stage
 def run_stages(context: Context, names: Sequence[str]) -> None:
     """Bring the stages ``names`` up to date, one after the other: see ``run_stage``."""
     for name in names:
+        if name == "fit-teacher" and not any(name in context.stages[other].reads(context.resolved) for other in names):
+            continue  # plan.pairs: auto came to all pairs, for which nobody is asked
         run_stage(context, name)
         if not context.outcomes[name]["reused"]:  # now something in the workspace is of this configuration
-            storage.write_text(context.workspace.config, context.config.to_yaml())
+            storage.write_text(context.workspace.config, context.resolved.to_yaml())
         if name == "prepare":  # what the others need of the user can be checked against the data, before hours of work
             for later in names:
                 context.stages[later].check(context)
@@ -31,7 +33,7 @@ def run_stage(context: Context, name: str) -> None:
         InputError: an input stage was not run or is out of date, or costly results of other settings would be replaced.
     """
     stage, workspace = context.stages[name], context.workspace
-    require(context, name, stage.reads(context.config))
+    require(context, name, stage.reads(context.resolved))
     forced = name in context.forced
     record, wanted = workspace.record(name), _wanted(context, stage)
     if not forced and stale(context, name) is None and record is not None:
@@ -89,7 +91,7 @@ def stale(context: Context, name: str) -> str | None:
     stage, record = context.stages[name], context.workspace.record(name)
     if record is None:
         return "was not run in this workspace"
-    for needed in stage.reads(context.config):
+    for needed in stage.reads(context.resolved):
         reason = stale(context, needed)
         if reason:
             return f"depends on {needed}, which {reason}"
@@ -127,7 +129,7 @@ def refuse_replacing(context: Context, names: Sequence[str]) -> None:
 
 def _sources(context: Context, name: str) -> list[str]:
     """``name`` and the stages that its result comes from, each once."""
-    inputs = [source for needed in context.stages[name].reads(context.config) for source in _sources(context, needed)]
+    inputs = [source for needed in context.stages[name].reads(context.resolved) for source in _sources(context, needed)]
     return list(dict.fromkeys([*inputs, name]))
 
 
@@ -159,8 +161,8 @@ def _holds(path: Path) -> bool:
 
 def _wanted(context: Context, stage: Stage) -> StageRecord:
     """The record that ``stage`` should have, before it is run."""
-    settings = plain(stage.settings(context.config))
-    inputs = {name: record.digest if (record := context.workspace.record(name)) else "" for name in stage.reads(context.config)}
+    settings = plain(stage.settings(context.resolved))
+    inputs = {name: record.digest if (record := context.workspace.record(name)) else "" for name in stage.reads(context.resolved)}
     inputs |= {path.name: storage.file_digest(path) for path in stage.also_reads(context.workspace) if path.is_file()}
     fingerprint = storage.digest(stage.name, stage.code_version, settings, inputs)
     return StageRecord(stage.name, fingerprint, settings, stage.code_version, inputs)

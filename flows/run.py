@@ -88,13 +88,14 @@ def run_verb(
     if "generator" in VERBS[verb]:
         generator.check_generator(verb, config.generator)
     with open_workspace(workspace) as opened, terminable():
-        names = verb_stages(verb, config)
         with Context(config, opened, STAGES, address, command, frozenset(forced), tracking) as context:
+            # What prepare will find is not known yet: other data may be there from before.
+            names = verb_stages(verb, config if "prepare" in VERBS[verb] else context.resolved)
             refuse_replacing(context, names)
             context.send_waiting()
             # What it lacks is said before the teacher is trained, or shift sets are made.
             if verb in ("plan", "train", "evaluate"):
-                require(context, verb, [name for name in STAGES[verb].reads(config) if name not in names])
+                require(context, verb, [name for name in STAGES[verb].reads(context.resolved) if name not in names])
             if verb == "train":  # `run` does so when the data are there: a name that is taken is said before anything is trained
                 model.check_registry(context)
             if address != "local" and not RAY_STAGES.isdisjoint(names):

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -12,6 +12,7 @@ from cluster.session import session
 from cluster.sharing import ahead, await_turn, present
 from csm import storage
 from csm.datasets import DatasetInfo, RealDataset
+from csm.plan_rules import resolve_plan
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config, plain
 from flows.progress import say
@@ -98,6 +99,19 @@ class Context:
     _tracker: Tracker | None = None
     _sender: Tracker | None = None  # the same, before the parent run is open
     _connected: bool = False
+    _resolved: tuple[str, Config, Config] | None = None  # digest of the data, ``config``, and ``resolved`` of the two
+
+    @property
+    def resolved(self) -> Config:
+        """``config`` with what it leaves to the data as these settle it; before there are any, as it stands."""
+        record = self.workspace.record("prepare")
+        digest = record.digest if record else ""
+        if self._resolved is None or self._resolved[0] != digest or self._resolved[1] is not self.config:
+            info = self.data
+            if info is None:
+                return self.config
+            self._resolved = digest, self.config, resolve(self.config, info)
+        return self._resolved[2]
 
     @property
     def tracker(self) -> Tracker:
@@ -179,6 +193,11 @@ class Context:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close, with the status that the block's end says."""
         self.close("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+
+
+def resolve(config: Config, info: DatasetInfo) -> Config:
+    """``config`` with what it leaves to the data as ``info`` of them settles it."""
+    return replace(config, plan=resolve_plan(config.plan, info.n_classes, info.counts["train"]))
 
 
 def plain_settings(config: Config) -> dict[str, Any]:

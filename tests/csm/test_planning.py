@@ -17,7 +17,7 @@ SET = ["class_a", "class_b", "group"]
 
 
 def plan(n_classes: int = 4, dataset: str = "data", generator: str = "net", **settings: object) -> pl.DataFrame:
-    return make_plan(n_classes, dataset, generator, PlanConfig(**settings))
+    return make_plan(n_classes, dataset, generator, PlanConfig(**{"sets_per_pair": 4, **settings}))
 
 
 def test_every_pair_ratio_and_set_stands_once() -> None:
@@ -127,7 +127,7 @@ def test_more_sets_or_other_pairs_keep_the_rows_of_any_grid(settings: dict[str, 
 
 def test_given_pairs_take_the_place_of_the_policy() -> None:
     chosen = listed_pairs([(0, 2), (1, 3)], 4)
-    frame = make_plan(4, "data", "net", PlanConfig(pairs="confusion", ratios=3), chosen)
+    frame = make_plan(4, "data", "net", PlanConfig(pairs="confusion", ratios=3, sets_per_pair=4), chosen)
     assert frame.equals(plan(pairs=((0, 2), (1, 3)), ratios=3))
     with pytest.raises(ValueError, match="pairs: expected those that were chosen by confusion, got None"):
         plan(pairs="confusion")
@@ -135,7 +135,7 @@ def test_given_pairs_take_the_place_of_the_policy() -> None:
 
 def large(**settings: object) -> tuple[int, PlanConfig]:
     """A plan of several pieces: 40 classes, 780 pairs."""
-    return 40, PlanConfig(**{"ratios": 9, "sets_per_pair": 30, "shard_rows": 1000, **settings})
+    return 40, PlanConfig(**{"pairs": "all", "ratios": 9, "sets_per_pair": 30, "shard_rows": 1000, **settings})
 
 
 @pytest.mark.parametrize("settings", [{}, {"grid": "cosine"}, {"shard_rows": 10**6}, {"shard_rows": 1, "sets_per_pair": 12}])

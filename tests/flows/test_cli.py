@@ -223,7 +223,7 @@ def test_pairs_that_the_data_does_not_have(call, refused, folder, verb, override
         ("mix.operator=mean", "mix.operator: unknown 'mean'; one of embedding, slerp, score"),
         ("plan.ratios=[0.5, 0.2]", "plan.ratios: expected 1 to 255 different ratios that rise, got [0.5, 0.2]"),
         ("plan.grid=even", "plan.grid: expected 'uniform', 'cosine' or 'beta', got 'even'"),
-        ("plan.pairs=some", "plan.pairs: expected 'all', 'confusion' or 'prototypes' or a list, got 'some'"),
+        ("plan.pairs=some", "plan.pairs: expected 'auto', 'all', 'confusion' or 'prototypes' or a list, got 'some'"),
     ],
 )
 def test_settings_of_plan_and_operator(refused, override, message, tmp_path):

@@ -19,6 +19,7 @@ from csm.datasets.real import build
 from csm.errors import InputError
 from csm.methods import Method, MixedTerm, PixelTerm
 from csm.optimization import OptimizerConfig
+from csm.plan_rules import resolve_plan
 from csm.planning import make_plan
 from csm.schedules import MixedSet
 from csm.training import fit
@@ -97,6 +98,7 @@ def test_images_of_a_training_are_those_that_go_through_the_network(method: Meth
     [
         ((), 3 * 12 * 8),
         (("plan.pairs=[[0, 2]]", "plan.ratios=[0.25, 0.5]"), 12 * 2),
+        (("plan.sets_per_pair=auto",), 3 * 54 * 8),  # 32 for each of 40 real ones, in whole sets
         (("plan.pairs=confusion", "plan.pairs_per_class=1"), 3 * 12 * 8),
     ],
 )
@@ -105,7 +107,7 @@ def test_images_to_mix_are_rows_of_the_plan(overrides: tuple[str, ...], images: 
     load = by_stage(config)["mix"]
     assert load.images == images
     if config.plan.pairs not in ("confusion",):
-        plan = make_plan(3, "d", "g", config.plan)
+        plan = make_plan(3, "d", "g", resolve_plan(config.plan, 3, 40))
         assert len(plan) == images
         assert load.longest == plan.group_by("shard").len()["len"].max()
     assert load.what.startswith("at most") == (config.plan.pairs == "confusion")

@@ -7,10 +7,12 @@ import pytest
 
 from csm.classifiers import check_network
 from csm.noise_schedules import karras_sigmas
+from csm.plan_rules import count_pairs, resolve_plan
 from csm.sampling import noise_levels
 from flows.config import load_config
 
 PAPER = {"cifar10": (10, 20, 159_840, 4.0), "cifar100": (100, 25, 158_400, 2.3), "tiny-imagenet": (200, 25, 318_400, 4.0)}
+TRAIN = {"cifar100": 45_000, "tiny-imagenet": 90_000}
 
 
 @pytest.fixture(params=PAPER)
@@ -19,11 +21,17 @@ def named(request):
     return request.param, load_config(request.param, ("data.source=digits",))
 
 
-def test_as_many_images_as_in_the_paper(named):
+def test_about_as_many_images_as_in_the_paper(named):
     classes, _, images, _ = PAPER[named[0]]
-    plan = named[1].plan
-    assert plan.pairs == "all"
-    assert math.comb(classes, 2) * plan.sets_per_pair * plan.ratios == images
+    plan = resolve_plan(named[1].plan, classes, TRAIN.get(named[0], 45_000))
+    pairs = count_pairs(plan.pairs, classes, plan.pairs_per_class)
+    if named[0] == "cifar10":
+        assert math.comb(classes, 2) * plan.sets * plan.ratios == images
+    else:  # by the rules: fewer pairs with more sets
+        assert (plan.pairs, plan.pairs_per_class) == ("confusion", {100: 7, 200: 8}[classes])
+        assert images <= pairs * plan.sets * plan.ratios <= 1.2 * images
+        paper = load_config(named[0], ("data.source=digits", "plan.pairs=all", f"plan.sets_per_pair={400 // classes}")).plan
+        assert math.comb(classes, 2) * paper.sets * paper.ratios == images  # as the file says
     assert (plan.ratios, plan.grid) == (8, "uniform")
 
 

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 
-from csm import tables
+from csm import storage, tables
 from csm.classifiers import Classifier, ClassifierSpec, build_classifier
 from csm.datasets.real import build
 from csm.errors import InputError
@@ -19,6 +19,7 @@ from csm.sampling import SamplerConfig
 from flows.artifacts import StageRecord, Workspace
 from flows.config import load_config
 from flows.plan import STAGE
+from flows.reuse import run_stages
 from flows.run import STAGES, verb_stages
 from flows.stages import Context
 
@@ -128,6 +129,7 @@ def test_before_the_data_is_prepared_there_is_nothing_to_check(tmp_path: Path) -
 def test_only_policies_that_are_measured_read_the_teacher() -> None:
     for policy, needed in [
         ("all", ()),
+        ("auto", ("fit-teacher",)),  # before the data are known
         ("[[0, 1]]", ()),
         ("confusion", ("fit-teacher",)),
         ("prototypes", ("fit-teacher",)),
@@ -189,3 +191,69 @@ def test_a_run_without_mixed_images_makes_none() -> None:
     assert verb_stages("run", config) == ("prepare", "train", "model", "evaluate", "report")
     assert STAGES["train"].reads(config) == ("prepare",)
     assert STAGES["report"].reads(config) == ("prepare", "train", "evaluate")
+
+
+# auto ------------------------------------------------------------------------------------------------------------------
+
+
+def prepared(root: Path, fitted: Path, classes: int = CLASSES) -> Path:
+    """The images of ``fitted`` and no teacher, as a data set of ``classes``."""
+    shutil.copytree(fitted / "real", root / "real")
+    info = storage.read_json(fitted / "dataset.json")
+    storage.write_json(root / "dataset.json", {**info, "class_names": [f"c{k}" for k in range(classes)]})
+    return root
+
+
+def test_the_rules_are_resolved_and_told(fitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = STAGE.run(context(fitted, "plan.sets_per_pair=auto"), RECORD)
+    assert made.rows == 10 * 64 * 3  # 60 real images x 32 = 1,920
+    said = capsys.readouterr().err
+    assert "  1,920 images: 10 of 10 pairs x 64 sets x 3 ratios" in said
+    assert "  auto: pairs: all 10 of 5 classes, which are no more than 16" in said
+    assert "  auto: 64 sets for each of 10 pairs: 32 mixed images for each of 60 real ones" in said
+
+
+def test_what_is_set_to_what_the_rules_say_is_the_same_plan(fitted: Path) -> None:
+    """So a stage is not made again when a number is written out, or left to the rules."""
+    rules, out = context(fitted, "plan.sets_per_pair=auto"), context(fitted, "plan.pairs=all", "plan.sets_per_pair=64")
+    assert STAGE.settings(rules.resolved) == STAGE.settings(out.resolved) == STAGE.settings(out.config)
+    assert STAGE.settings(rules.resolved)["plan"]["sets_per_pair"] == 64
+    assert rules.resolved.to_yaml().count("sets_per_pair: 64") == 1
+    assert rules.config.plan.sets_per_pair == "auto", "what the user said stays what the run is known by"
+
+
+def test_other_data_resolve_to_another_plan(fitted: Path, tmp_path: Path) -> None:
+    before = context(tmp_path)
+    assert before.resolved.plan.pairs == "auto"
+    prepared(tmp_path, fitted, 40)
+    plan = before.resolved.plan
+    assert (plan.pairs, plan.pairs_per_class, plan.sets) == ("confusion", 6, 12)
+    info = storage.read_json(tmp_path / "dataset.json")
+    storage.write_json(tmp_path / "dataset.json", {**info, "class_names": ["a", "b"]})
+    Workspace(tmp_path).write_record(StageRecord("prepare", "f", {}, 1, {}, True, "other data"))
+    assert before.resolved.plan.pairs == "all"
+
+
+def test_the_teacher_is_asked_only_by_many_classes(fitted: Path, tmp_path: Path) -> None:
+    few, many = (context(prepared(tmp_path / str(classes), fitted, classes)) for classes in (16, 17))
+    assert STAGE.reads(few.resolved) == ("prepare", "generator")
+    assert STAGE.reads(many.resolved) == ("prepare", "generator", "fit-teacher")
+    assert verb_stages("plan", few.resolved) == ("plan",)
+
+
+def test_a_run_leaves_out_the_teacher_that_nobody_asks(monkeypatch: pytest.MonkeyPatch, fitted: Path, tmp_path: Path) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr("flows.reuse.run_stage", lambda context, name: ran.append(name))
+    for classes, expected in ((16, ["plan", "mix"]), (17, ["fit-teacher", "plan", "mix"])):
+        ran.clear()
+        inner = context(prepared(tmp_path / str(classes), fitted, classes))
+        inner.outcomes.update({name: {"reused": True} for name in STAGES})
+        run_stages(inner, ("fit-teacher", "plan", "mix"))
+        assert ran == expected
+
+
+def test_methods_that_want_more_sets_than_the_rules_give_are_refused(fitted: Path) -> None:
+    wanting = ("plan.sets_per_pair=auto", "train.methods.csm.mixed.sets=65", "train.compare=[csm]")
+    with pytest.raises(InputError, match=r"mixed\.sets: expected no more than the 64 of plan\.sets_per_pair, got 65"):
+        STAGE.check(context(fitted, *wanting))
+    STAGE.check(context(fitted, wanting[0], wanting[1].replace("65", "64"), wanting[2]))

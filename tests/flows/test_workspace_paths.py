@@ -70,7 +70,7 @@ def test_all_that_stages_write_is_inside(tmp_path: Path) -> None:
     counts = {"train": 40, "val": 12, "test": 9}
     info = DatasetInfo("../../data", (8, 8, 1), ("../a", "/b"), (0.5,), (0.2,), counts, "d")
     storage.write_json(root / "dataset.json", dataclasses.asdict(info))
-    write_plan(root / "plan.parquet", all_pairs(2), "d", "g", PlanConfig())
+    write_plan(root / "plan.parquet", all_pairs(2), "d", "g", PlanConfig(sets_per_pair=4))
     config = load_config("demo", ["train.compare=[cross-entropy]", "name=../../other"])
     workspace = Workspace(root)
     written = [path for stage in STAGES.values() for path in stage.outputs(workspace, config)]
