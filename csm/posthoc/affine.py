@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from csm.posthoc.temperature import fit_scaled_temperature
+from csm.posthoc.vector import fit_vector
 
+MOST_CLASSES = 200  # above which the map is diagonal: K^2 numbers are more than images tell, and each step costs N K^2
 STRENGTHS = (100.0, 10.0, 1.0, 0.1, 0.01)  # of ODIR
 FOLDS = 5
 
@@ -78,10 +80,15 @@ def apply_dirichlet(logits: Tensor, values: Mapping[str, Any]) -> Tensor:
 def _values(z: Tensor, labels: Tensor) -> tuple[dict[str, Any], str]:
     """The strength that predicts a fifth of the images best from the rest, then a fit to all; temperature scaling where nothing tells.
 
-    Strengths are tried from the strongest on, until a weaker one predicts worse.
+    Strengths are tried from the strongest on, until a weaker one predicts worse. Of more than ``MOST_CLASSES`` classes the matrix is
+    diagonal, fitted as vector scaling is: "matrix" then has a weight and a bias for each class, (K, 2) in place of (K, K + 1).
     """
     temperature, note = fit_scaled_temperature(z, labels)
     k = z.shape[1]
+    if k > MOST_CLASSES:
+        weights, biases = (z.new_full((k,), 1 / temperature), z.new_zeros(k)) if note else fit_vector(z, labels, temperature)
+        instead = f"{note}; temperature scaling instead" if note else f"{k} classes, more than {MOST_CLASSES}: a diagonal matrix"
+        return {"matrix": torch.stack([weights, biases], dim=1).tolist(), "strength": None}, instead
     if note:
         scaling = torch.eye(k, k + 1, dtype=torch.float64, device=z.device) / temperature
         return {"matrix": scaling.tolist(), "strength": None}, f"{note}; temperature scaling instead"
@@ -101,6 +108,8 @@ def _values(z: Tensor, labels: Tensor) -> tuple[dict[str, Any], str]:
 
 
 def _map(z: Tensor, affine: Tensor) -> Tensor:
+    if affine.shape[1] == 2:  # K + 1 is 3 at least
+        return (z * affine[:, 0] + affine[:, 1]).log_softmax(dim=1)
     return (z @ affine[:, :-1].T + affine[:, -1]).log_softmax(dim=1)
 
 

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from csm import storage
 from csm.errors import InputError
-from csm.posthoc import POSTHOC, Posthoc, apply_posthoc, fit_posthoc, fit_temperature
-from csm.posthoc.affine import fit_affine
+from csm.posthoc import POSTHOC, Posthoc, apply_posthoc, fit_posthoc, fit_scaled_temperature, fit_temperature, fit_vector
+from csm.posthoc.affine import MOST_CLASSES, fit_affine
 from csm.posthoc.one_vs_rest import log_odds
 
 NESTED = ("temperature", "ensemble-temperature", "vector", "matrix", "dirichlet")  # each can say what temperature scaling says
@@ -210,3 +210,24 @@ def test_logits_of_other_classes_are_refused(name: str) -> None:
     fitted = fit_posthoc(name, *sample(50))
     with pytest.raises(InputError, match=f"posthoc {name} was fitted for 4 classes, got logits of 5"):
         apply_posthoc(torch.zeros(2, 5), fitted)
+
+
+@pytest.mark.parametrize("name", ["matrix", "dirichlet"])
+def test_of_many_classes_the_matrix_is_diagonal(name: str) -> None:
+    """K^2 numbers are more than the images tell; it is then vector scaling of what the map sees."""
+    classes = MOST_CLASSES + 1
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, classes, (900,), generator=draw)
+    logits = torch.randn(900, classes, generator=draw, dtype=torch.float64)
+    logits[torch.arange(900), labels] += 3
+    fitted = fit_posthoc(name, logits, labels)
+    assert fitted.note == f"{classes} classes, more than 200: a diagonal matrix"
+    assert np.shape(fitted.values["matrix"]) == (classes, 2)
+    z = logits - logits.mean(dim=1, keepdim=True) if name == "matrix" else logits.log_softmax(dim=1)
+    weights, biases = fit_vector(z, labels, fit_scaled_temperature(z, labels)[0])
+    assert torch.allclose(apply_posthoc(logits, fitted), (weights * z + biases).log_softmax(dim=1))
+    with pytest.raises(InputError, match=f"posthoc {name} was fitted for {classes} classes, got logits of 5"):
+        apply_posthoc(torch.zeros(2, 5), fitted)
+    right = fit_posthoc(name, logits, logits.argmax(dim=1))
+    assert "temperature scaling instead" in right.note
+    assert torch.allclose(apply_posthoc(logits, right), logits.log_softmax(dim=1))
