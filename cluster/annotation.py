@@ -57,7 +57,7 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class AnnotateJob:
-    """What an annotation actor needs for one annotator; ``encoders`` are those of ``spec``."""
+    """What an annotation actor needs for one annotator; ``encoders`` are those of ``spec``, ``top`` is one for all jobs of an actor."""
 
     name: str
     spec: AnnotatorSpec
@@ -70,6 +70,7 @@ class AnnotateJob:
     n_classes: int
     shards: frozenset[int]
     device: str = "cpu"
+    top: int | None = None
 
 
 class EncodeShards(ShardWorker):
@@ -121,14 +122,14 @@ class AnnotateShards(ShardWorker):
         annotators = {job.name: self._annotators[job.name] for job in jobs}
         started = time.monotonic()
         try:
-            frames = annotate(plan, mixed, annotators, self._encoders, first.shape, first.n_classes, first.device)
+            frames = annotate(plan, mixed, annotators, self._encoders, first.shape, first.n_classes, first.device, first.top)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         seconds = (time.monotonic() - started) / len(jobs)  # the annotators share the encoders' work
         receipts = []
         for job in jobs:
             frame = frames[job.name]
-            written = write_part(frame, job.annotations, shard, tables.annotations(job.n_classes), job.key)
+            written = write_part(frame, job.annotations, shard, tables.annotations(job.n_classes, job.top), job.key)
             receipts.append(make_receipt(job.name, shard, len(frame), written, job.key, seconds))
         return receipts
 

@@ -17,7 +17,7 @@ from csm.errors import InputError
 from csm.locations import Location, listing, local
 from csm.methods import Method
 from csm.optimization import OptimizerConfig
-from csm.reannotation import Calibration, soft_labels
+from csm.reannotation import Calibration, soft_labels, sparse_labels
 from csm.schedules import MixedSet
 from csm.training import OnEpoch, Split, Stream, fit, predict
 from csm.world import ALONE, CPU, World, from_first, together
@@ -208,14 +208,15 @@ def _dataset(directory: Path, splits: tuple[str, ...], stamp: Stamp) -> RealData
 def _mixed_set(source: MixedSource, shape: tuple[int, int, int], n_classes: int, stamp: Stamp) -> MixedSet:
     """Read once for all runs of a process that share a source."""
     plan = tables.read(source.plan, tables.PLAN)
-    mixed = _read_parts(source.mixed, tables.MIXED)
-    annotations = _read_parts(source.annotations, tables.annotations(n_classes))
+    mixed = _read_parts(source.mixed, lambda part: tables.read(part, tables.MIXED))
+    annotations = _read_parts(source.annotations, lambda part: tables.read_annotations(part, n_classes))
     calibration = storage.read_record(source.calibration, Calibration)
-    return MixedSet.join(plan, mixed, soft_labels(plan, annotations, n_classes, calibration), shape)
+    read = sparse_labels if "classes" in annotations.columns else soft_labels
+    return MixedSet.join(plan, mixed, read(plan, annotations, n_classes, calibration), shape, n_classes)
 
 
-def _read_parts(directory: Path, schema: tables.Schema) -> pl.DataFrame:
+def _read_parts(directory: Path, read: Callable[[Path], pl.DataFrame]) -> pl.DataFrame:
     parts = sorted(local(directory).glob("part-*.parquet")) if directory.is_dir() else []
     if not parts:
         raise InputError(f"{directory} holds no part file: run csm mix and csm annotate first")
-    return pl.concat([tables.read(part, schema) for part in parts])
+    return pl.concat([read(part) for part in parts])

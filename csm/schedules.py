@@ -9,6 +9,7 @@ import torch
 
 from csm import tables
 from csm.errors import InputError
+from csm.sparse_labels import SparseLabels
 
 
 @dataclass(frozen=True)
@@ -17,28 +18,31 @@ class MixedSet:
 
     Attributes:
         images: uint8 (M, C, H, W).
-        labels: soft labels float32 (M, K).
+        labels: soft labels float32 (M, K), or what stands for them.
         rows: int64 (S, R): index into ``images`` of set s at its r-th ratio.
         class_a, class_b: int64 (S,), the pair of each set.
         ratios: float32 (R,), rising shares of class_a, with or without the ends 0 (class_b) and 1 (class_a).
     """
 
     images: torch.Tensor
-    labels: torch.Tensor
+    labels: torch.Tensor | SparseLabels
     rows: torch.Tensor
     class_a: torch.Tensor
     class_b: torch.Tensor
     ratios: torch.Tensor
 
     @classmethod
-    def join(cls, plan: pl.DataFrame, mixed: pl.DataFrame, labels: pl.DataFrame, shape: tuple[int, int, int]) -> "MixedSet":
+    def join(
+        cls, plan: pl.DataFrame, mixed: pl.DataFrame, labels: pl.DataFrame, shape: tuple[int, int, int], n_classes: int = 0
+    ) -> "MixedSet":
         """Join on ``mix_id``; nothing is read from a row's position.
 
         Args:
             plan: the `plan` table.
             mixed: the `mixed` table.
-            labels: columns mix_id and soft_label (Array(Float32, K)).
+            labels: of ``soft_labels``, or of ``sparse_labels``.
             shape: (H, W, C).
+            n_classes: K, of sparse labels.
 
         Raises:
             InputError: a planned image or its label is missing, or stands twice.
@@ -56,7 +60,7 @@ class MixedSet:
         steps = int(sets["len"].max())  # type: ignore[arg-type]
         return cls(
             images=tables.to_images(table["image"], shape),
-            labels=torch.from_numpy(table["soft_label"].to_numpy().astype(np.float32)),
+            labels=_labels(table, n_classes),
             rows=torch.arange(len(table)).view(len(sets), steps),
             class_a=torch.from_numpy(sets["class_a"].to_numpy().astype(np.int64)),
             class_b=torch.from_numpy(sets["class_b"].to_numpy().astype(np.int64)),
@@ -112,7 +116,7 @@ class Schedule:
         self._inner = ((mixed.ratios > 0) & (mixed.ratios < 1)).nonzero().flatten()  # steps that are mixtures of both classes
         self._sets = torch.nn.utils.rnn.pad_sequence(holds, batch_first=True)  # (K, most sets of a class)
         if rule == "ambiguity":
-            self._ambiguity = torch.special.entr(mixed.labels).sum(dim=1).double().cumsum(dim=0).cpu()  # (M,)
+            self._ambiguity = _entropies(mixed.labels).double().cumsum(dim=0).cpu()  # (M,)
 
     def draw(self, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return self._rule(self, labels, generator)
@@ -154,12 +158,28 @@ class Schedule:
         return torch.searchsorted(self._ambiguity, place, right=True).clamp(max=len(self._ambiguity) - 1)
 
 
-def soften(labels: torch.Tensor, temperature: float) -> torch.Tensor:
+def soften(labels: torch.Tensor | SparseLabels, temperature: float) -> torch.Tensor | SparseLabels:
     """Soft labels q (N, K) as q^(1/T), normalised: T > 1 softens, T < 1 sharpens, 1 changes nothing; a class of 0 stays 0."""
     if temperature == 1:
         return labels
+    if isinstance(labels, SparseLabels):
+        return labels.soften(temperature)
     # Of log q, so that a small T does not lose every class of a row to underflow.
     return (labels.double().log() / temperature).softmax(dim=1).to(labels.dtype)
+
+
+def _labels(table: pl.DataFrame, n_classes: int) -> torch.Tensor | SparseLabels:
+    """The soft labels of joined rows."""
+    if "soft_label" in table.columns:
+        return torch.from_numpy(table["soft_label"].to_numpy().astype(np.float32))
+    classes = torch.from_numpy(table["classes"].to_numpy().astype(np.int32))
+    probs, rest = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("probs", "rest"))
+    return SparseLabels(classes, probs, rest, n_classes)
+
+
+def _entropies(labels: torch.Tensor | SparseLabels) -> torch.Tensor:
+    """Of each label, in nats, (M,)."""
+    return labels.entropies() if isinstance(labels, SparseLabels) else torch.special.entr(labels).sum(dim=1)
 
 
 SCHEDULES: dict[str, Callable[[Schedule, torch.Tensor, torch.Generator], torch.Tensor]] = {

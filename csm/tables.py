@@ -114,9 +114,16 @@ def sweep(parameters: Mapping[str, pl.DataType], metrics: Sequence[str]) -> Sche
     return columns | {f"{name}{end}": pl.Float64() for name in names for end in ("", ".low", ".high")}
 
 
-def annotations(n_classes: int) -> Schema:
-    """Columns of ``annotations/ANNOTATOR/part-*``; ``log_posterior`` is null for annotators that know only the pair."""
-    return {"mix_id": pl.String(), "lam_raw": pl.Float32(), "log_posterior": pl.Array(pl.Float32(), n_classes)}
+def annotations(n_classes: int, top: int | None = None) -> Schema:
+    """Columns of ``annotations/ANNOTATOR/part-*``; what is of the posterior is null for annotators that know only the pair.
+
+    With ``top`` no more than the most probable classes of each image are there, see ``csm.reannotation.truncation``.
+    """
+    own: dict[str, pl.DataType] = {"mix_id": pl.String(), "lam_raw": pl.Float32()}
+    if top is None:
+        return {**own, "log_posterior": pl.Array(pl.Float32(), n_classes)}
+    truncated = {"classes": pl.Array(pl.UInt16(), top), "log_posterior": pl.Array(pl.Float32(), top), "log_rest": pl.Float32()}
+    return own | truncated
 
 
 def features(size: int) -> Schema:
@@ -200,6 +207,13 @@ def read(path: Path, schema: Schema, columns: Sequence[str] | None = None, rows:
     From a store it comes as a whole: into memory, or for ``rows``, which are asked for again and again, by ``csm.locations.local``.
     """
     return check(_collect(path, columns, rows), {name: schema[name] for name in columns or schema}, str(path))
+
+
+def read_annotations(path: Path, n_classes: int) -> pl.DataFrame:
+    """The `annotations` table at ``path``, truncated or not; errors as of ``read``."""
+    frame = _collect(path)
+    classes = frame.schema.get("classes")
+    return check(frame, annotations(n_classes, classes.shape[0] if isinstance(classes, pl.Array) else None), str(path))
 
 
 def read_sweep(path: Path) -> tuple[pl.DataFrame, list[str], list[str]]:

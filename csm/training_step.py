@@ -16,6 +16,7 @@ from csm.optimization import OptimizerConfig
 from csm.pixel_mixing import build_pixel_mixing
 from csm.precision import dtype_of
 from csm.schedules import MixedSet, Schedule
+from csm.sparse_labels import rows_of
 from csm.world import World, to_device
 
 
@@ -84,7 +85,7 @@ class Step:
         assert self.mixed is not None
         rows = self.schedule.draw(labels.cpu(), draw)
         images = to_device(take(self.mixed.images, rows), self.device)
-        return _Part(self._augment(images, draw), to_device(take(self.mixed.labels, rows), self.device))
+        return _Part(self._augment(images, draw), to_device(rows_of(self.mixed.labels, rows), self.device))
 
     def _augment(self, images: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
         images = random_shift(images, self.optimizer.shift, draw)

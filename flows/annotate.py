@@ -3,6 +3,7 @@
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cluster.annotation import AnnotateJob
 from cluster.ledger import finished_parts, part_bytes, read_receipts
@@ -10,6 +11,7 @@ from cluster.mixing import process_shards
 from cluster.shards import plan_shards
 from csm import storage
 from csm.datasets import RealDataset
+from csm.reannotation import stored_classes
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.features import device, encoder_spec
@@ -30,7 +32,7 @@ def _run(context: Context, record: StageRecord) -> Made:
         process(
             context, record, work, {job.name: job.key for job in todo}, {job.name for job in todo}, "annotations", total, done
         )
-    return Made(total, storage.digest({job.name: annotated(workspace, job.name) for job in jobs}))
+    return Made(total, storage.digest({job.name: annotated(workspace, context.config, job.name) for job in jobs}))
 
 
 def annotate_jobs(context: Context, mixed: str, shards: frozenset[int]) -> list[AnnotateJob]:
@@ -51,11 +53,12 @@ def annotate_jobs(context: Context, mixed: str, shards: frozenset[int]) -> list[
             plan=workspace.plan.absolute(),
             mixed=workspace.mixed.absolute(),
             annotations=workspace.annotations(name).absolute(),
-            key=_key(workspace, name, mixed),
+            key=_key(workspace, config, name, mixed),
             shape=info.shape,
             n_classes=info.n_classes,
             shards=shards,
             device=device(config),
+            top=stored_classes(info.n_classes, config.annotate.top),
         )
         files = part_bytes(job.annotations)
         remove_other_parts(job.annotations, files, rows)
@@ -63,15 +66,22 @@ def annotate_jobs(context: Context, mixed: str, shards: frozenset[int]) -> list[
     return jobs
 
 
-def annotated(workspace: Workspace, name: str) -> str:
+def annotated(workspace: Workspace, config: Config, name: str) -> str:
     """Identifies the soft labels of the mixed images by the annotator ``name``."""
     mixed = workspace.record("mix")
-    return storage.digest(_key(workspace, name, mixed.digest if mixed else ""), asdict(calibration_of(workspace, name)))
+    return storage.digest(_key(workspace, config, name, mixed.digest if mixed else ""), asdict(calibration_of(workspace, name)))
 
 
-def _key(workspace: Workspace, name: str, mixed: str) -> str:
+def _key(workspace: Workspace, config: Config, name: str, mixed: str) -> str:
     """Identifies what ``name`` says, before calibration, of the images that were mixed under fingerprint ``mixed``."""
-    return storage.digest(mixed, fit_fingerprint(workspace, name))
+    top = stored_classes(RealDataset.load_info(workspace.root).n_classes, config.annotate.top)
+    return storage.digest(mixed, fit_fingerprint(workspace, name), *([] if top is None else [top]))
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """``top`` where it is set: by default it is nothing new."""
+    top = config.annotate.top
+    return {"annotators": list(config.annotators), **({} if top is None else {"annotate": {"top": top}})}
 
 
 def _outputs(workspace: Workspace, config: Config) -> list[Path]:
@@ -81,7 +91,9 @@ def _outputs(workspace: Workspace, config: Config) -> list[Path]:
 def _missing(context: Context, record: StageRecord) -> Path | None:
     workspace, mixed = context.workspace, record.inputs["mix"]
     names = annotators(workspace, context.config)
-    missing = (missing_part(workspace, name, workspace.annotations(name), _key(workspace, name, mixed)) for name in names)
+    missing = (
+        missing_part(workspace, name, workspace.annotations(name), _key(workspace, context.config, name, mixed)) for name in names
+    )
     return next((path for path in missing if path), None)
 
 
@@ -90,7 +102,7 @@ STAGE = Stage(
     unit="annotations",
     code_version=2,
     inputs=("prepare", "plan", "mix", "fit-annotators"),
-    settings=lambda config: {"annotators": list(config.annotators)},
+    settings=_settings,
     outputs=_outputs,
     missing=_missing,
     run=_run,

@@ -88,6 +88,7 @@ class AnnotateConfig:
         candidates: of "auto".
         members: number of classifiers of the teacher; the first is also the encoder ``classifier``.
         teacher: how they are trained.
+        top: of each mixed image only so many of its most probable classes are stored; none: all of up to 100 classes, an eighth of more.
     """
 
     annotators: dict[str, AnnotatorConfig]
@@ -96,6 +97,7 @@ class AnnotateConfig:
     candidates: tuple[str, ...] = ()
     members: int = Field(default=4, ge=1)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    top: int | None = Field(default=None, ge=1)
 
     def to_fit(self, names: Iterable[str]) -> tuple[str, ...]:
         """Annotators to fit for ``names``: the candidates in place of "auto", and members of ensembles, each before who needs it."""

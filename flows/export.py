@@ -55,10 +55,11 @@ def export(
         raise InputError(f"--output {output}: URLs are not supported yet; give a folder")
     needs = ("prepare", "generator", "plan", "mix") + (() if annotator == NONE else ("fit-annotators", "annotate"))
     with open_workspace(root, create=False) as workspace, terminable():
-        require(Context(config, workspace, STAGES), "export", needs)
+        context = Context(config, workspace, STAGES)
+        require(context, "export", needs)
         annotator = resolve(workspace, annotator)
         digests = {name: record.digest for name in needs if (record := workspace.record(name))}
-        card = _card(config, workspace, digests, format_name, annotator, shard_rows)
+        card = _card(context.resolved, workspace, digests, format_name, annotator, shard_rows)
         try:
             reused = not _open_output(output, card)
             if not reused:
@@ -170,7 +171,7 @@ def _read_shard(workspace: Workspace, card: Card, shard: int) -> pl.DataFrame:
     labels = None
     if card.annotator and card.calibration:
         n_classes = len(card.class_names)
-        annotations = tables.read(part_path(workspace.annotations(card.annotator), shard), tables.annotations(n_classes))
+        annotations = tables.read_annotations(part_path(workspace.annotations(card.annotator), shard), n_classes)
         labels = soft_labels(plan, annotations, n_classes, card.calibration)
     return rows(plan, mixed, labels, card.class_names, f"shard {shard}")
 

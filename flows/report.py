@@ -45,7 +45,7 @@ def _run(context: Context, record: StageRecord) -> Made:
             created=datetime.now(UTC),
             command=context.command,
             machine=machine(),
-            config_yaml=config.to_yaml(),
+            config_yaml=context.resolved.to_yaml(),
             dataset=reporting.Dataset(info.name, info.class_names, info.counts, info.shape),
             stages=_stages(context, device_seconds(workspace, config, cost)),
             methods=compared(config),
@@ -116,7 +116,7 @@ def _gallery(context: Context, info: DatasetInfo) -> list[reporting.MixedSet]:
     said = {}
     for name in annotators(workspace, config):
         calibration = calibration_of(workspace, name)
-        annotations = tables.read(part_path(workspace.annotations(name), 0), tables.annotations(info.n_classes))
+        annotations = tables.read_annotations(part_path(workspace.annotations(name), 0), info.n_classes)
         labels = soft_labels(plan, annotations, info.n_classes, calibration)
         raw = dict(annotations.select("mix_id", pl.col("lam_raw").clip(0, 1)).iter_rows())
         said[name] = Said(dict(labels.iter_rows()), raw, not calibration.pair)

@@ -57,7 +57,7 @@ def read_annotators(workspace: Workspace, config: Config, n_classes: int) -> lis
     found = []
     for name in annotators(workspace, config):
         annotator, calibration = config.annotate.annotators[name], calibration_of(workspace, name)
-        annotations = tables.read(part_path(workspace.annotations(name), 0), tables.annotations(n_classes))
+        annotations = tables.read_annotations(part_path(workspace.annotations(name), 0), n_classes)
         found.append(
             AnnotatorResult(
                 name=name,

@@ -28,7 +28,7 @@ def run_specs(context: Context) -> list[RunSpec]:
             if method.mixed:
                 annotator = resolve(workspace, config.annotator_of(method))
                 method = replace(method, mixed=replace(method.mixed, annotator=annotator))
-                labels = annotated(workspace, annotator)
+                labels = annotated(workspace, config, annotator)
                 source = MixedSource(
                     plan=workspace.plan.absolute(),
                     mixed=workspace.mixed.absolute(),

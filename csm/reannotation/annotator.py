@@ -14,6 +14,7 @@ from csm.encoders import Encoder, encode
 from csm.errors import InputError
 from csm.reannotation.ensemble import load_ensemble
 from csm.reannotation.registry import HEADS
+from csm.reannotation.truncation import truncate
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def annotate(
     shape: tuple[int, int, int],
     n_classes: int,
     device: str = "cpu",
+    top: int | None = None,
 ) -> dict[str, pl.DataFrame]:
     """Annotate mixed images; each goes through each encoder once, whatever the number of annotators.
 
@@ -100,6 +102,7 @@ def annotate(
         shape: (H, W, C).
         n_classes: K.
         device: for torch.
+        top: keep only so many classes of each image, fewer than K; an ensemble pools whole posteriors all the same.
 
     Returns:
         For each annotator the `annotations` table, one row for each row of ``mixed``, in the same order.
@@ -122,7 +125,7 @@ def annotate(
             features[name] = encode(encoders[name], images, device)
         except InputError as error:
             raise InputError(f"encoder {name}: {error}") from None
-    schema = tables.annotations(n_classes)
+    schema = tables.annotations(n_classes, top)
     frames = {}
     for name, annotator in annotators.items():
         share, posterior = annotator.annotate(features, class_a, class_b, lam)
@@ -132,13 +135,18 @@ def annotate(
             raise InputError(
                 f"annotator {name}: what it says of an image is no number: check what it was fitted from and fit it again"
             )
-        column = [None] * len(rows) if posterior is None else posterior.float().cpu().numpy()
-        frame = pl.DataFrame(
-            {
-                "mix_id": rows["mix_id"],
-                "lam_raw": share.float().cpu().numpy(),
-                "log_posterior": pl.Series(column, dtype=schema["log_posterior"]),
-            }
-        )
+        said = _columns(posterior, len(rows), schema, top)
+        frame = pl.DataFrame({"mix_id": rows["mix_id"], "lam_raw": share.float().cpu().numpy(), **said})
         frames[name] = tables.check(frame, schema, "annotations")
     return frames
+
+
+def _columns(posterior: torch.Tensor | None, count: int, schema: tables.Schema, top: int | None) -> dict[str, pl.Series]:
+    """Those of the posterior (N, K), all null if there is none."""
+    if posterior is None:
+        names = [name for name in schema if name not in ("mix_id", "lam_raw")]
+        return {name: pl.Series([None] * count, dtype=schema[name]) for name in names}
+    if top is None:
+        return {"log_posterior": pl.Series(posterior.float().cpu().numpy(), dtype=schema["log_posterior"])}
+    said = truncate(posterior, top)._asdict()
+    return {name: pl.Series(value.cpu().numpy()).cast(schema[name]) for name, value in said.items()}

@@ -191,7 +191,7 @@ def _labels(
     info = RealDataset.load_info(workspace.root)
     for shard in plan_shards(workspace.plan):
         plan = read_plan(workspace.plan, shard)
-        annotated = tables.read(part_path(workspace.annotations(annotator), shard), tables.annotations(info.n_classes))
+        annotated = tables.read_annotations(part_path(workspace.annotations(annotator), shard), info.n_classes)
         said = soft_labels(plan, annotated, info.n_classes, calibration)
         mixed = tables.read(part_path(workspace.mixed, shard), tables.MIXED)
         rows = plan.join(said, on="mix_id", maintain_order="left").join(mixed, on="mix_id", maintain_order="left")

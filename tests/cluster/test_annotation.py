@@ -194,16 +194,17 @@ def test_encoding_that_was_interrupted_goes_on_and_keeps_what_was_finished(made,
         assert np.allclose(FeatureTable(job.features).matrix("train")[0].numpy(), direct["feature"].to_numpy(), atol=1e-6)
 
 
-def test_annotations_are_those_of_a_direct_call(made, tmp_path, here):
-    jobs = [annotate_job(made, tmp_path, spec) for spec in specs(made, tmp_path)]
+@pytest.mark.parametrize("top", [None, 2])
+def test_annotations_are_those_of_a_direct_call(made, tmp_path, here, top):
+    jobs = [replace(annotate_job(made, tmp_path, spec), top=top) for spec in specs(made, tmp_path)]
     receipts = call(AnnotateShards(jobs, 1), *jobs[0].shards)
     assert len(receipts) == len(jobs) * len(jobs[0].shards) == 12
     loaded = {name: spec.load() for name, spec in encoders(made).items()}
     for shard in jobs[0].shards:
         mixed, plan = tables.read(part_path(made / "mixed", shard), tables.MIXED), read_plan(made / "plan.parquet", shard)
         for job in jobs:
-            direct = annotate(plan, mixed, {"a": Annotator(job.spec)}, loaded, SHAPE, CLASSES)["a"]
-            part = tables.read(part_path(job.annotations, shard), tables.annotations(CLASSES))
+            direct = annotate(plan, mixed, {"a": Annotator(job.spec)}, loaded, SHAPE, CLASSES, top=top)["a"]
+            part = tables.read(part_path(job.annotations, shard), tables.annotations(CLASSES, top))
             assert part.equals(direct, null_equal=True)
             assert part["log_posterior"].null_count() == (len(part) if job.name in ("ratio", "projection") else 0)
 

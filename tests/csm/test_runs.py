@@ -19,6 +19,7 @@ from csm.methods import Method, MixedTerm
 from csm.optimization import OptimizerConfig
 from csm.planning import PlanConfig, make_plan
 from csm.reannotation import Calibration
+from csm.reannotation.truncation import truncate
 from csm.runs import MixedSource, RunSpec, fit_run, is_finished
 
 OPTIMIZER = OptimizerConfig(epochs=4, batch_size=8, learning_rate=0.05)
@@ -308,3 +309,21 @@ def test_the_record_can_be_read_by_other_tools(workspace: Path) -> None:
     fit_run(spec_of(workspace, settings=CSM))
     record = json.loads((workspace / "runs" / "ce" / "run.json").read_text())
     assert record["settings"]["mixed"]["annotator"] == "teacher"
+
+
+def test_a_run_on_truncated_annotations_is_that_on_what_they_stand_for(workspace: Path, tmp_path: Path) -> None:
+    weights = {}
+    for top in (None, 2):  # of three classes: the third has all that is left, so nothing is lost
+        for part in (workspace / "annotations").glob("part-*"):
+            frame = tables.read_annotations(part, 3)
+            if top is not None:
+                said = truncate(torch.from_numpy(frame["log_posterior"].to_numpy().copy()), top)
+                columns = {name: pl.Series(value.numpy()) for name, value in said._asdict().items()}
+                schema = tables.annotations(3, top)
+                frame = frame.with_columns(**columns).select(pl.col(name).cast(dtype) for name, dtype in schema.items())
+                tables.write(frame, part, schema)
+        spec = spec_of(workspace, f"csm-{top}", CSM)
+        fit_run(spec)
+        weights[top] = load_classifier(spec.directory).state_dict()
+    for name, tensor in weights[2].items():
+        assert torch.allclose(tensor, weights[None][name], atol=1e-4), name

@@ -206,3 +206,20 @@ def test_no_rows_are_no_images() -> None:
 def test_a_wrong_number_of_bytes_is_refused(cells: list[bytes | None]) -> None:
     with pytest.raises(InputError, match=r"expected 6 per image for shape \(2, 1, 3\)"):
         tables.to_images(pl.Series("image", cells, dtype=pl.Binary), (2, 1, 3))
+
+
+def test_annotations_are_read_whole_or_truncated(tmp_path: Path) -> None:
+    whole = annotation_frame([[0.0, -1.0], None])
+    tables.write(whole, tmp_path / "whole.parquet", tables.annotations(2))
+    assert tables.read_annotations(tmp_path / "whole.parquet", 2).equals(whole, null_equal=True)
+    with pytest.raises(InputError, match=r"column 'log_posterior' should be Array\(Float32, shape=\(3,\)\)"):
+        tables.read_annotations(tmp_path / "whole.parquet", 3)
+    rest = pl.Series("log_rest", [-3.0, None], dtype=pl.Float32)
+    stored = whole.with_columns(pl.Series("classes", [[4, 1], None], dtype=pl.Array(pl.UInt16, 2)), rest)
+    stored = stored.select("mix_id", "lam_raw", "classes", "log_posterior", "log_rest")
+    tables.write(stored, tmp_path / "stored.parquet", tables.annotations(5, 2))
+    assert tables.read_annotations(tmp_path / "stored.parquet", 5).equals(stored, null_equal=True)
+    other = tables.annotations(5, 2) | {"log_rest": pl.Float64()}
+    tables.write(stored.cast({"log_rest": pl.Float64}), tmp_path / "other.parquet", other)
+    with pytest.raises(InputError, match="column 'log_rest' should be Float32, got Float64"):
+        tables.read_annotations(tmp_path / "other.parquet", 5)

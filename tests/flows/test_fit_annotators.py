@@ -317,12 +317,16 @@ def test_definitions_that_are_not_used_do_not_call_it_out_of_date() -> None:
 def test_annotations_are_identified_by_image_fit_and_calibration(fit: Fit, root: Path) -> None:
     context = fit()
     workspace = context.workspace
-    digests = {annotated(workspace, "teacher"), annotated(workspace, "projection")}
+    config = context.config
+    digests = {annotated(workspace, config, "teacher"), annotated(workspace, config, "projection")}
     workspace.write_record(StageRecord("mix", "other", {}, 1, {}, True, "other"))
-    digests.add(annotated(workspace, "teacher"))
+    digests.add(annotated(workspace, config, "teacher"))
     fit("annotate.annotators.teacher.calibrator=none")
-    digests.add(annotated(workspace, "teacher"))
-    assert len(digests) == 4
+    digests.add(annotated(workspace, config, "teacher"))
+    digests.add(annotated(workspace, load_config("demo", ["annotate.top=2"]), "teacher"))  # of four classes
+    assert len(digests) == 5
+    digests.add(annotated(workspace, load_config("demo", ["annotate.top=4"]), "teacher"))  # all of them: as by default
+    assert len(digests) == 5
 
 
 @pytest.mark.parametrize(

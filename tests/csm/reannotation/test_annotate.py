@@ -10,7 +10,7 @@ from csm.encoders import Encoder, Sources
 from csm.encoders.pixels import load_pixels
 from csm.errors import InputError
 from csm.planning import PlanConfig, make_plan
-from csm.reannotation import Annotator, AnnotatorSpec, annotate
+from csm.reannotation import Annotator, AnnotatorSpec, Calibration, annotate, fit_ensemble, soft_labels
 
 SHAPE = (1, 4, 1)
 CLASSES = 4
@@ -126,3 +126,31 @@ def test_an_id_that_begins_alike_is_another_id(plan: pl.DataFrame, mixed: pl.Dat
 def test_images_of_another_size_are_refused(plan: pl.DataFrame, mixed: pl.DataFrame) -> None:
     with pytest.raises(InputError, match="expected 5 per image"):
         read(plan, mixed, Reader(True), shape=(1, 5, 1))
+
+
+def test_of_an_ensemble_what_is_kept_is_of_the_pooled_posterior(plan: pl.DataFrame, mixed: pl.DataFrame, tmp_path: Path) -> None:
+    """The most probable class of each member is not enough to know that of the pool."""
+    member = AnnotatorSpec("pixels", "posterior", tmp_path, "pixels")
+    uniform = torch.full((6, CLASSES), 1 / CLASSES).log()
+    calibrations = {"a": Calibration("temperature", temperature=0.02), "b": Calibration("none")}
+    fit_ensemble(tmp_path / "pool", dict.fromkeys(calibrations, uniform), calibrations, torch.zeros(6, dtype=torch.int64))
+    annotator = Annotator(AnnotatorSpec("pool", "ensemble", tmp_path / "pool", None, (member, member)))
+    encoders = {"pixels": load_pixels(Sources(tmp_path))}
+    whole, kept = (annotate(plan, mixed, {"pool": annotator}, encoders, SHAPE, CLASSES, top=top)["pool"] for top in (None, 2))
+    tables.check(kept, tables.annotations(CLASSES, 2))
+    assert kept["lam_raw"].equals(whole["lam_raw"])
+    for row, stored in zip(whole.rows(named=True), kept.rows(named=True), strict=True):
+        ranked = sorted(range(CLASSES), key=lambda k: -row["log_posterior"][k])
+        probs = torch.tensor(row["log_posterior"], dtype=torch.float64).exp()
+        assert stored["log_posterior"] == pytest.approx([row["log_posterior"][k] for k in ranked[:2]])
+        assert probs[stored["classes"]].tolist() == pytest.approx(probs[ranked[:2]].tolist())
+        assert stored["log_rest"] == pytest.approx(float(probs[ranked[2:]].sum().log()), abs=1e-5)
+    labels = soft_labels(plan, kept, CLASSES, Calibration("none"))["soft_label"].to_numpy()
+    assert labels.sum(axis=1) == pytest.approx(1, abs=1e-6)
+
+
+def test_an_annotator_of_pairs_keeps_its_share_alone(plan: pl.DataFrame, mixed: pl.DataFrame, tmp_path: Path) -> None:
+    ratio = Annotator(AnnotatorSpec("ratio", "ratio", tmp_path))
+    frame = annotate(plan, mixed.select("mix_id"), {"ratio": ratio}, {}, SHAPE, CLASSES, top=2)["ratio"]
+    assert tables.check(frame, tables.annotations(CLASSES, 2)) is frame
+    assert frame.select("classes", "log_posterior", "log_rest").null_count().row(0) == (len(plan),) * 3

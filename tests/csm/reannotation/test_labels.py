@@ -12,7 +12,10 @@ from csm.errors import InputError
 from csm.planning import PlanConfig, make_plan
 from csm.reannotation.calibration import fit_calibration
 from csm.reannotation.calibrators import CALIBRATORS, Calibration
-from csm.reannotation.labels import soft_labels
+from csm.reannotation.labels import soft_labels, sparse_labels
+from csm.reannotation.truncation import complete, truncate
+from csm.schedules import MixedSet
+from csm.sparse_labels import SparseLabels
 
 CLASSES = 3
 NAN, INF = float("nan"), float("inf")
@@ -146,3 +149,83 @@ def test_a_calibration_for_other_annotations_is_refused(plan: pl.DataFrame) -> N
         soft_labels(plan, classes, CLASSES, Calibration("scale", pair=True, scale=4.0))
     with pytest.raises(InputError, match="vector of 2 classes does not fit 3 classes"):
         soft_labels(plan, classes, CLASSES, Calibration("vector", weights=(1.0, 1.0), biases=(0.0, 0.0)))
+
+
+# Truncated posteriors --------------------------------------------------------------------------------------------------
+
+MANY, TOP = 7, 3
+CALIBRATIONS = [
+    Calibration("none"),
+    Calibration("temperature", temperature=0.4),
+    Calibration("temperature", temperature=3.0),
+    Calibration("vector", weights=tuple(np.linspace(0.5, 2, MANY)), biases=tuple(np.linspace(-1, 1, MANY))),
+    Calibration("isotonic", knots=tuple(((-4.0, 0.01), (0.5 * k, 0.5), (4.0, 0.9)) for k in range(MANY))),
+]
+
+
+def truncated(rows: int = 42) -> tuple[pl.DataFrame, pl.DataFrame, np.ndarray]:
+    """A plan of ``MANY`` classes, its annotations with ``TOP`` of them, in another order, and the completed posteriors in that order."""
+    plan = make_plan(MANY, "data", "net", PlanConfig(ratios=3, sets_per_pair=1)).head(rows)
+    said = truncate(torch.from_numpy(np.log(np.random.default_rng(0).dirichlet(np.full(MANY, 0.3), rows))).clamp(min=-60), TOP)
+    frame = pl.DataFrame(
+        {
+            "mix_id": plan["mix_id"].reverse(),
+            "lam_raw": pl.Series([0.5] * rows, dtype=pl.Float32),
+            "classes": pl.Series(said.classes.numpy().astype(np.uint16), dtype=pl.Array(pl.UInt16, TOP)),
+            "log_posterior": pl.Series(said.log_posterior.numpy(), dtype=pl.Array(pl.Float32, TOP)),
+            "log_rest": said.log_rest.numpy(),
+        }
+    )
+    return plan, tables.check(frame, tables.annotations(MANY, TOP)), complete(said, MANY).numpy()
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("calibration", CALIBRATIONS, ids=lambda value: value.calibrator)
+def test_a_truncated_posterior_is_read_as_the_completed_one(calibration: Calibration, pair: bool) -> None:
+    plan, annotations, whole = truncated()
+    calibration = replace(calibration, pair=pair)
+    dense = annotations.select("mix_id", "lam_raw", pl.Series("log_posterior", whole, dtype=pl.Array(pl.Float32, MANY)))
+    found, expected = (soft_labels(plan, frame, MANY, calibration) for frame in (annotations, dense))
+    assert found.equals(expected)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("calibration", CALIBRATIONS, ids=lambda value: value.calibrator)
+def test_sparse_labels_are_the_soft_labels(calibration: Calibration, pair: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("csm.reannotation.labels.CHUNK", 6 * MANY)  # several parts, the last of them smaller
+    plan, annotations, _ = truncated()
+    calibration = replace(calibration, pair=pair)
+    sparse = sparse_labels(plan, annotations, MANY, calibration)
+    dense = by_id(soft_labels(plan, annotations, MANY, calibration))
+    images = plan.select("mix_id").with_columns(image=pl.lit(b"0123"))
+    mixed = MixedSet.join(plan, images, sparse, (2, 2, 1), MANY)
+    assert isinstance(mixed.labels, SparseLabels)
+    assert mixed.labels.classes.shape == (42, 2 if pair else TOP)
+    order = plan.sort("group", "class_a", "class_b", "step")["mix_id"]
+    for mix_id, label in zip(order, mixed.labels.dense().tolist(), strict=True):
+        expected = np.array(dense[mix_id])
+        if (
+            calibration.calibrator in ("vector", "isotonic") and not pair
+        ):  # the classes after the first three share what they have
+            kept = np.argsort(-expected, kind="stable")[:TOP]
+            tail = np.delete(expected, kept).mean()
+            expected = np.array([expected[k] if k in kept else tail for k in range(MANY)])
+        assert label == pytest.approx(expected, abs=1e-6)
+
+
+def test_labels_of_pairs_are_sparse_too() -> None:
+    plan, annotations, _ = truncated()
+    nothing = {name: pl.lit(None, annotations.schema[name]) for name in ("classes", "log_posterior", "log_rest")}
+    shares = tables.check(annotations.with_columns(**nothing, lam_raw=pl.lit(0.7, pl.Float32)), tables.annotations(MANY, TOP))
+    sparse = sparse_labels(plan, shares, MANY, Calibration("none", pair=True))
+    joined = sparse.join(plan, on="mix_id")
+    assert joined["classes"].to_list() == [list(pair) for pair in joined.select("class_a", "class_b").iter_rows()]
+    assert joined["probs"].to_numpy() == pytest.approx(np.tile([0.7, 0.3], (42, 1)))
+    assert joined["rest"].to_list() == [0] * 42
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_a_truncated_posterior_that_is_no_distribution_is_refused(bad: float) -> None:
+    plan, annotations, _ = truncated()
+    with pytest.raises(InputError, match="log_posterior is no distribution"):
+        sparse_labels(plan, annotations.with_columns(log_rest=pl.lit(bad, pl.Float32)), MANY, Calibration("none"))
