@@ -255,3 +255,25 @@ def _scale(rows: tuple[int, ...], actors: tuple[int, ...], seconds: float, as_js
         print_table(shown)
     if as_json:
         click.echo(json.dumps(result))
+
+
+@bench.command(
+    "classes",
+    short_help="Cost and loss of labels of many classes.",
+    help="Annotation of K Gaussian classes: time, bytes, and what is lost when only the most probable classes are stored.",
+)
+@click.option(
+    "--classes", "numbers", default="10,100,1000", show_default=True, callback=_numbers, metavar="K,...", help="Of the data."
+)
+@click.option(
+    "--top", "tops", default="8,32", show_default=True, callback=_numbers, metavar="M,...", help="Classes that are stored."
+)
+@click.option("--images", type=click.IntRange(min=8), default=16_384, show_default=True, help="Mixed images, at most.")
+@with_options(OUTPUT_OPTIONS)
+def _classes(numbers: tuple[int, ...], tops: tuple[int, ...], images: int, as_json: bool, debug: bool) -> None:
+    from flows.bench.classes import classes, table
+
+    rows = classes(numbers, tops, images)
+    print_table(table(rows), width=130)
+    if as_json:
+        click.echo(json.dumps(rows))
