@@ -20,7 +20,7 @@ DENSE = 100  # classes of a data set up to which all are stored by default
 SHARE, LEAST = (
     8,
     32,
-)  # of more, one in so many, and at least so many: `csm bench classes` finds no loss by it that could be measured
+)  # of more, one in so many, and at least so many: what that loses stands in docs/reannotation.md
 
 
 class Truncated(NamedTuple):
