@@ -9,16 +9,12 @@ from torch import Tensor
 from csm.metrics.scores import check_logits, check_temperature
 from csm.posthoc.temperature import fit_scaled_temperature
 
-ITERATIONS = (100, 1000)  # of L-BFGS at least and at most: a step takes time as N K does, and the first hundred do nearly all
-LARGE = 1e9  # probabilities that a fit computes, beyond the least number of iterations
-
 
 def fit_vector(log_probs: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Weights and biases of vector scaling ``softmax(w * log_probs + b)`` (Guo et al., sec. 4.2), each float64 (K).
 
     The NLL, summed over the samples, plus ``sum_k ((w_k T - 1)^2 + b_k^2) / 2``: a Gaussian prior about temperature scaling, which
-    many samples outweigh. Without it the minimum does not exist where weights and biases can separate a class. L-BFGS, convex; of
-    many classes and images it ends after fewer iterations, 100 at least.
+    many samples outweigh. Without it the minimum does not exist where weights and biases can separate a class. L-BFGS, convex.
 
     Args:
         log_probs: (N, K) of held-out samples, rows normalised (a shift of a row is not without effect), finite; N >= 1, K >= 2.
@@ -34,9 +30,8 @@ def fit_vector(log_probs: Tensor, labels: Tensor, temperature: float = 1.0) -> t
     rows, label = torch.arange(len(z), device=z.device), labels.long()
     parameters = torch.stack([torch.ones_like(z[0]), torch.zeros_like(z[0])])  # (2, K): w T, and b
     prior = parameters.clone()
-    iterations = int(min(max(LARGE / z.numel(), ITERATIONS[0]), ITERATIONS[1]))
     optimiser = torch.optim.LBFGS(
-        [parameters], max_iter=iterations, tolerance_grad=1e-8, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+        [parameters], max_iter=1000, tolerance_grad=1e-8, tolerance_change=1e-14, line_search_fn="strong_wolfe"
     )
 
     def closure() -> float:
