@@ -20,7 +20,7 @@ DENSE = 100  # classes of a data set up to which all are stored by default
 SHARE, LEAST = (
     8,
     32,
-)  # of more, one in so many, and at least so many: `csm bench classes` finds no loss by it that could be measured
+)  # of more, one in so many, and at least so many: what that loses stands in docs/reannotation.md
 
 
 class Truncated(NamedTuple):
@@ -44,7 +44,7 @@ def stored_classes(n_classes: int, top: int | None) -> int | None:
 
 
 def truncate(log_posterior: torch.Tensor, top: int) -> Truncated:
-    """The ``top`` < K most probable classes of a log-posterior (N, K), and the mass of the others, exact even where it is small."""
+    """The ``top`` < K most probable classes of a log-posterior (N, K), and the mass of the others, however small."""
     kept, classes = log_posterior.float().topk(top, dim=1)
     return Truncated(classes, kept, log_posterior.float().scatter(1, classes, -torch.inf).logsumexp(dim=1))
 
