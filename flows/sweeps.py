@@ -90,7 +90,7 @@ def check_tune(config: "Config") -> None:
     tune = config.tune
     check_name("tune.method", tune.method, config.train.methods)
     if "method" not in tune.search_space.keys:
-        _check_single(f"tune.method {tune.method}", config.train.methods[tune.method])
+        _check_single("tune.method", tune.method, config.train.methods[tune.method])
     if not tune.objectives:
         raise InputError("tune.objectives: empty; name what is to be good, for example [nll]")
     for name in tune.objectives:
@@ -133,15 +133,15 @@ def trial_config(config: "Config", values: Mapping[str, Any]) -> "Config":
     """
     trial = _with(config, values, {"train.compare": [_method(config, values)], "train.seeds": config.tune.seeds})
     for name, method in trial.train.chosen.items():
-        _check_single(f"train.methods.{name}.members", method)
+        _check_single(f"train.methods.{name}.members", name, method)
     return trial
 
 
-def _check_single(where: str, method: Method) -> None:
+def _check_single(where: str, name: str, method: Method) -> None:
     if method.members > 1:
         raise InputError(
-            f"{where}: a trial trains one classifier for each seed, not an ensemble of {method.members}: tune with members 1, and give "
-            "the best of the trials its members"
+            f"{where}: a trial trains one classifier for each seed, {name} an ensemble of {method.members}: tune with "
+            f"train.methods.{name}.members=1, and give the best of the trials its members"
         )
 
 
