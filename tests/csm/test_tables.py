@@ -210,7 +210,7 @@ def test_a_wrong_number_of_bytes_is_refused(cells: list[bytes | None]) -> None:
 
 
 def test_a_plan_of_a_version_without_kinds_is_of_mixtures(tmp_path: Path) -> None:
-    plan = make_plan(3, "data", "net", PlanConfig(ratios=3))
+    plan = make_plan(3, "data", "net", PlanConfig(ratios=3, sets_per_pair=2))
     plan.drop("kind").write_parquet(tmp_path / "plan.parquet")
     assert tables.read_plan(tmp_path / "plan.parquet").equals(plan)
     assert tables.read_plan(tmp_path / "plan.parquet", "pixel").is_empty()

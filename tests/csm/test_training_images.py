@@ -98,6 +98,6 @@ def test_a_plan_of_other_data_is_refused(real) -> None:
     images, _, labels = real
     with pytest.raises(InputError, match="plan: training image 36 of 36: run csm plan again"):
         real_images(plan("real", [*labels, 0]), images)
-    other = make_plan(4, "data", "net", PlanConfig(kinds=("pixel",)))
+    other = make_plan(4, "data", "net", PlanConfig(kinds=("pixel",), sets_per_pair=1))
     with pytest.raises(InputError, match="plan: class 3 has no training image: run csm plan again"):
         pixel_mixtures(other, images)
