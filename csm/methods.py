@@ -19,9 +19,9 @@ class MixedTerm:
         annotator: whose soft labels; None: of the one that the configuration names for all methods.
         loss: name in ``csm.losses.SOFT``.
         weight: of the term, at its highest.
-        images: kind of images, see ``csm.tables.KINDS``: "semantic" mixtures, or what these are compared with.
-        schedule: which of them, name in ``csm.schedules.SCHEDULES``.
+        schedule: which mixed images, name in ``csm.schedules.SCHEDULES``.
         per_real: mixed images for each real one.
+        images: their kind, see ``csm.tables.KINDS``: "semantic" mixtures, or what these are compared with.
         sets: of each pair only its first so many sets are drawn from, as if the plan had no more; None: all of them.
         temperature: the soft labels q become q^(1/T), normalised: above 1 they soften, below 1 they sharpen.
         ramp: share of the weight over training: up and down are from 0 to 1 and back, ``cyclic`` a raised cosine that starts at 0.
@@ -33,9 +33,9 @@ class MixedTerm:
     annotator: str | None = None
     loss: str = "l2"
     weight: float = Field(default=1.0, ge=0)
-    images: str = "semantic"
     schedule: str = "pair"
     per_real: int = Field(default=2, ge=1)
+    images: str = "semantic"
     sets: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     ramp: Ramp = "constant"

@@ -111,9 +111,8 @@ STAGE = Stage(
     name="plan",
     code_version=1,
     inputs=("prepare", "generator"),
-    more_inputs=lambda config: (
-        ("fit-teacher",) if config.plan.pairs in (*MEASURED, AUTO) else ()
-    ),  # auto: before the data are known
+    # auto: before the data are known
+    more_inputs=lambda config: ("fit-teacher",) if config.plan.pairs in (*MEASURED, AUTO) else (),
     settings=_settings,
     outputs=lambda workspace, config: [workspace.plan],
     check=_check,

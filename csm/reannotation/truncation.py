@@ -17,10 +17,7 @@ from typing import NamedTuple
 import torch
 
 DENSE = 100  # classes of a data set up to which all are stored by default
-SHARE, LEAST = (
-    8,
-    32,
-)  # of more, one in so many, and at least so many: what that loses stands in docs/reannotation.md
+SHARE, LEAST = 8, 32  # of more, one in so many, and at least so many: docs/reannotation.md says what that loses
 
 
 class Truncated(NamedTuple):

@@ -227,7 +227,7 @@ def test_annotations_are_read_whole_or_truncated(tmp_path: Path) -> None:
 
 
 def test_a_plan_of_a_version_without_kinds_is_of_mixtures(tmp_path: Path) -> None:
-    plan = make_plan(3, "data", "net", PlanConfig(ratios=3, sets_per_pair=1))
+    plan = make_plan(3, "data", "net", PlanConfig(ratios=3, sets_per_pair=2))
     plan.drop("kind").write_parquet(tmp_path / "plan.parquet")
     assert tables.read_plan(tmp_path / "plan.parquet").equals(plan)
     assert tables.read_plan(tmp_path / "plan.parquet", "pixel").is_empty()

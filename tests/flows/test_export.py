@@ -530,27 +530,24 @@ def undone(path):
 # Kinds.
 
 
-def test_only_mixtures_are_exported_unless_another_kind_is_asked_for(tmp_path, capsys, monkeypatch):
-    config = tmp_path / "pets.yaml"
-    config.write_text(load_config("digits", [*SETTINGS, "plan.kinds=[semantic, pixel, real]"]).to_yaml())
-    root = tmp_path / "w"
+def test_only_mixtures_are_exported_unless_another_kind_is_asked_for(call, config, tmp_path):
+    root, kinds = tmp_path / "w", "plan.kinds=[semantic, pixel, real]"
     root.mkdir()
     stages = {name: replace(STAGES[name], run=run, check=lambda context: None) for name, run in WORKERS.items()}
-    context = Context(load_config(str(config)), Workspace(root), stages, _tracker=NoTracker())
+    context = Context(load_config(str(config), [kinds]), Workspace(root), stages, _tracker=NoTracker())
     for name in stages:
         run_stage(context, name)
     planned = tables.read_plan(root / "plan.parquet")
     for kind, count in [("semantic", 45), ("pixel", 45), ("real", 3)]:
+        asked = ["--kind", kind] if kind != "semantic" else []
         output = tmp_path / kind
-        asked = ["export", "--config", config, "--workspace", root, "--format", "huggingface", "--output", output, "--json"]
-        arguments = [str(word) for word in [*asked, *(["--kind", kind] if kind != "semantic" else [])]]
-        monkeypatch.setattr(sys, "argv", ["csm", *arguments])
-        cli.main(arguments)
-        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        code, out, err = call("huggingface", "--set", kinds, "--json", *asked, output=output, workspace=root)
+        assert code == 0, err
+        result = json.loads(out.splitlines()[-1])
         assert (result["kind"], result["rows"]) == (kind, count)
         assert set(exported("huggingface", output)) == set(planned.filter(kind=kind)["mix_id"])
         assert ("made by semantic mixing" in (output / "README.md").read_text()) == (kind == "semantic")
-    assert (tmp_path / "real" / "README.md").read_text().count("# Real images of pets") == 1
+    assert "# Real images of pets" in (tmp_path / "real" / "README.md").read_text()
 
 
 def test_a_kind_that_is_not_planned_is_refused(refused):
