@@ -1,21 +1,22 @@
-"""bench: speed as a ratio against a named baseline, both measured in one run on this machine. One file for each benchmark."""
+"""bench: speed as a ratio against a named baseline, both measured in one run on this machine, and what methods are worth (``proofs``).
+
+One file for each benchmark.
+"""
 
 import json
 from pathlib import Path
 
 import click
 
-from flows.bench.proofs import recipe, research
-from flows.masking import command_line
-from flows.options import OUTPUT_OPTIONS, TRACKING_OPTIONS, print_table, show_result, with_options
-from flows.tracking_address import Address
+from flows.bench.proofs import COMMANDS
+from flows.options import OUTPUT_OPTIONS, print_table, show_result, with_options
 
 
 @click.group(help="Speed, as a ratio against a named baseline measured in the same run; and what methods are worth.")
 def bench() -> None: ...
 
 
-for command in (recipe, research):
+for command in COMMANDS:
     bench.add_command(command)
 
 
@@ -81,101 +82,6 @@ def _mix(workspace: Path | None, seconds: float, compiled: bool, as_json: bool, 
     from flows.bench.mix import mixing_speed
 
     show_result(mixing_speed(workspace, seconds, compiled), as_json)
-
-
-@bench.command(
-    "truth",
-    short_help="How right the annotators are, where the truth is known.",
-    help="Every annotator's labels, and the classifiers that learn them, against the true posterior of data drawn from known Gaussians.",
-)
-@click.option("--config", default="gaussians", show_default=True, help="Name of a configuration with data of source gaussians.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
-@click.option(
-    "--workspace",
-    type=click.Path(path_type=Path),
-    default=Path("truth"),
-    show_default=True,
-    help="A workspace for each data set goes below it.",
-)
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Data sets: data.seed 0, 1, ...")
-@click.option(
-    "--generator", "generators", multiple=True, help="fitted (to the training images) or oracle (the truth); default: both."
-)
-@click.option(
-    "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
-)
-@with_options((*TRACKING_OPTIONS, *OUTPUT_OPTIONS))
-def _truth(
-    config: str,
-    overrides: tuple[str, ...],
-    workspace: Path,
-    seeds: int,
-    generators: tuple[str, ...],
-    address: str,
-    tracking_uri: str,
-    experiment: str,
-    as_json: bool,
-    debug: bool,
-) -> None:
-    from flows.bench.truth import GENERATORS, measure, table
-
-    tracking, line = Address(tracking_uri, experiment), command_line(address)
-    rows = measure(workspace, config, overrides, seeds, generators or tuple(GENERATORS), address, line, tracking)
-    for generator in generators or GENERATORS:
-        print_table(table(rows, generator), width=130)
-    click.echo(f"plots, runs and rows: {workspace}")
-    if as_json:
-        click.echo(json.dumps(rows))
-
-
-@bench.command(
-    "calibration",
-    short_help="Calibration methods, trained and measured alike.",
-    help="Train methods with several seeds on one data set, in parallel over Ray, and compare them with cross-entropy.",
-)
-@click.option("--config", default="digits-hard", show_default=True, help="Name of a bundled configuration, or a .yaml file.")
-@click.option(
-    "--methods",
-    metavar="all|losses|mixing|NAME,...",
-    help="all of train.methods, those without mixing, those with (beside cross-entropy), or names.  [default: train.compare]",
-)
-@click.option("--seeds", type=click.IntRange(min=1), help="Of each method.  [default: train.seeds]")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
-@click.option(
-    "--workspace", type=click.Path(path_type=Path), default=Path("calibration"), show_default=True, help="Where all goes."
-)
-@click.option(
-    "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
-)
-@with_options((*TRACKING_OPTIONS, *OUTPUT_OPTIONS))
-def _calibration(
-    config: str,
-    methods: str | None,
-    seeds: int | None,
-    overrides: tuple[str, ...],
-    workspace: Path,
-    address: str,
-    tracking_uri: str,
-    experiment: str,
-    as_json: bool,
-    debug: bool,
-) -> None:
-    from flows.bench.calibration import calibrate, configure
-    from flows.run import results_tables
-
-    tracking, line = Address(tracking_uri, experiment), command_line(address)
-    outcome = calibrate(configure(config, overrides, methods, seeds), workspace, address, line, tracking)
-    if outcome.config is not None:
-        for table in results_tables(outcome.config, workspace):
-            print_table(table)
-        click.echo(f"report: {workspace / 'report.html'}")
-    if as_json:
-        click.echo(json.dumps(outcome.rows))
-    for run, error in outcome.failed.items():
-        click.echo(f"csm: failed: {run}: {error}", err=True)
-    if outcome.failed:
-        click.echo("csm: the same command trains what failed again, and nothing else", err=True)
-        raise SystemExit(1)
 
 
 @bench.command(

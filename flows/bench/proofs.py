@@ -1,8 +1,9 @@
-"""bench recipe and bench research on the command line: what proves the recipe, and what it was found by."""
+"""The benchmarks of what methods are worth on the command line: bench truth, calibration, recipe and research."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,7 +19,7 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
     return tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
 
 
-def _workspace(default: str) -> tuple[object, ...]:
+def _workspace(default: str) -> tuple[Callable[..., Any], ...]:
     return (
         click.option(
             "--workspace",
@@ -37,6 +38,97 @@ def _workspace(default: str) -> tuple[object, ...]:
 
 
 @click.command(
+    "truth",
+    short_help="How right the annotators are, where the truth is known.",
+    help="Every annotator's labels, and the classifiers that learn them, against the true posterior of data drawn from known Gaussians.",
+)
+@click.option("--config", default="gaussians", show_default=True, help="Name of a configuration with data of source gaussians.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
+@click.option(
+    "--workspace",
+    type=click.Path(path_type=Path),
+    default=Path("truth"),
+    show_default=True,
+    help="A workspace for each data set goes below it.",
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Data sets: data.seed 0, 1, ...")
+@click.option(
+    "--generator", "generators", multiple=True, help="fitted (to the training images) or oracle (the truth); default: both."
+)
+@click.option(
+    "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
+)
+@with_options((*TRACKING_OPTIONS, *OUTPUT_OPTIONS))
+def _truth(
+    config: str,
+    overrides: tuple[str, ...],
+    workspace: Path,
+    seeds: int,
+    generators: tuple[str, ...],
+    address: str,
+    tracking_uri: str,
+    experiment: str,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    from flows.bench.truth import GENERATORS, measure, table
+
+    tracking, line = Address(tracking_uri, experiment), command_line(address)
+    rows = measure(workspace, config, overrides, seeds, generators or tuple(GENERATORS), address, line, tracking)
+    for generator in generators or GENERATORS:
+        print_table(table(rows, generator), width=130)
+    click.echo(f"plots, runs and rows: {workspace}")
+    if as_json:
+        click.echo(json.dumps(rows))
+
+
+@click.command(
+    "calibration",
+    short_help="Calibration methods, trained and measured alike.",
+    help="Train methods with several seeds on one data set, in parallel over Ray, and compare them with cross-entropy.",
+)
+@click.option("--config", default="digits-hard", show_default=True, help="Name of a bundled configuration, or a .yaml file.")
+@click.option(
+    "--methods",
+    metavar="all|losses|mixing|NAME,...",
+    help="all of train.methods, those without mixing, those with (beside cross-entropy), or names.  [default: train.compare]",
+)
+@click.option("--seeds", type=click.IntRange(min=1), help="Of each method.  [default: train.seeds]")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
+@click.option(
+    "--workspace", type=click.Path(path_type=Path), default=Path("calibration"), show_default=True, help="Where all goes."
+)
+@click.option(
+    "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
+)
+@with_options((*TRACKING_OPTIONS, *OUTPUT_OPTIONS))
+def _calibration(
+    config: str,
+    methods: str | None,
+    seeds: int | None,
+    overrides: tuple[str, ...],
+    workspace: Path,
+    address: str,
+    tracking_uri: str,
+    experiment: str,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    from flows.bench.calibration import calibrate, configure
+    from flows.run import results_tables
+
+    tracking, line = Address(tracking_uri, experiment), command_line(address)
+    outcome = calibrate(configure(config, overrides, methods, seeds), workspace, address, line, tracking)
+    if outcome.config is not None:
+        for table in results_tables(outcome.config, workspace):
+            print_table(table)
+        click.echo(f"report: {workspace / 'report.html'}")
+    if as_json:
+        click.echo(json.dumps(outcome.rows))
+    _tell(outcome.failed)
+
+
+@click.command(
     "recipe",
     short_help="The recipe against every baseline and ablation, each at its best.",
     help="Search settings for every method with the same budget, by NLL on validation, train each with several seeds, and say which "
@@ -51,7 +143,7 @@ def _workspace(default: str) -> tuple[object, ...]:
     "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan of your own, as flows/configs/bench/recipe.yaml."
 )
 @with_options((*_workspace("recipe"), *TRACKING_OPTIONS, *OUTPUT_OPTIONS))
-def recipe(
+def _recipe(
     datasets: tuple[str, ...],
     methods: tuple[str, ...],
     seeds: int | None,
@@ -90,7 +182,7 @@ def recipe(
 @click.argument("studies", nargs=-1, metavar="[STUDY ...]")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Of each method.")
 @with_options((*_workspace("research"), *TRACKING_OPTIONS, *OUTPUT_OPTIONS))
-def research(
+def _research(
     studies: tuple[str, ...],
     seeds: int,
     workspace: Path,
@@ -121,3 +213,6 @@ def _tell(failed: Mapping[str, str]) -> None:
     if failed:
         click.echo("csm: the same command trains what failed again, and nothing else", err=True)
         raise SystemExit(1)
+
+
+COMMANDS = (_truth, _calibration, _recipe, _research)
