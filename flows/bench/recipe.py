@@ -103,7 +103,8 @@ def _work(plan: RecipePlan, dataset: str, known: Sequence[str], asked: Sequence[
     methods = {name: base_settings(plan, config, name, {}) for name in dict.fromkeys((*everything, *chosen))}
     # Images for all of them, so that a workspace in which some methods are compared is good for the others.
     changes = {"plan.kinds": image_kinds(methods), "train.methods": methods, "train.compare": list(chosen)}
-    return Work(Path(dataset).stem, config.with_values(changes), chosen)
+    # Removed first: what is laid over a method would keep settings that are not those of the method that it is like.
+    return Work(Path(dataset).stem, config.with_values({"train.methods": None}, changes), chosen)
 
 
 def _write(root: Path, found: Sequence[dict[str, Any]], dataset: str) -> None:

@@ -122,7 +122,7 @@ def test_an_empty_file_is_the_defaults_under_its_name(text, config_file):
         ("train.nope=1", "methods, compare, loss, workers, seeds, network, parameters, optimizer"),
         ("train.optimizer.nope=1", "kind, epochs, batch_size, learning_rate,"),
         ("train.methods.csm.nope=1", "description, loss, parameters, mixing, mixed"),
-        ("train.methods.csm.mixed.nope=1", "annotator, loss, weight, images, schedule, per_real"),
+        ("train.methods.csm.mixed.nope=1", "annotator, loss, weight, schedule, per_real, images"),
         ("annotate.nope=1", "annotators, encoders, annotator, candidates, members"),
         ("annotate.annotators.lda.nope=1", "head, encoder, parameters, calibrator, scale, pair, members, description"),
         ("annotate.annotators.lda.parameters.nope=1", "shrinkage"),

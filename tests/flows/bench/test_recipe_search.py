@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -115,8 +116,11 @@ def test_test_images_have_no_say(monkeypatch, config, plan):
     assert [trial.chosen for trial in trials] == [False, True, False]
 
 
+NOWHERE = Path("nowhere")
+
+
 class Spec:
-    def __init__(self, method, seed, folder=recipe_search.Path("nowhere")):
+    def __init__(self, method, seed, folder=NOWHERE):
         self.method, self.seed, self.run, self.directory = method, seed, f"{method}-seed{seed}", folder
 
 
