@@ -40,8 +40,14 @@ def define(name: str, text: str) -> str:
         ("head: ensemble, members: [teacher, lda], encoder: pixels", "a.encoder: an ensemble has none of its own,"),
         ("head: ensemble, members: [teacher, lda], parameters: {c: 1}", "a.parameters.c: no such setting; allowed: pool"),
         ("head: ensemble, members: [teacher, lda], parameters: {pool: 3}", "a.parameters.pool: expected text, got 3"),
-        ("head: ensemble, members: [teacher, lda], parameters: {pool: mean}", "a.parameters.pool: unknown 'mean'; one of linear, log"),
-        ("head: qda, encoder: pixels, parameters: {rank: -2}", "a.parameters.rank: expected a number greater than or equal to -1,"),
+        (
+            "head: ensemble, members: [teacher, lda], parameters: {pool: mean}",
+            "a.parameters.pool: unknown 'mean'; one of linear, log",
+        ),
+        (
+            "head: qda, encoder: pixels, parameters: {rank: -2}",
+            "a.parameters.rank: expected a number greater than or equal to -1,",
+        ),
         ("head: qda, encoder: pixels, parameters: {rank: 1.5}", "a.parameters.rank: expected a whole number, got 1.5"),
         ("head: ensemble, members: [teacher, a]", "a.members: goes round in a circle (a -> a)"),
     ],

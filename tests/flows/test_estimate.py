@@ -42,7 +42,9 @@ def root(tmp_path: Path) -> Path:
 
 
 def configuration(*overrides: str) -> Config:
-    return load_config("demo", ["annotate.annotator=teacher", "train.compare=[cross-entropy, csm]", "train.optimizer.epochs=3", *overrides])
+    return load_config(
+        "demo", ["annotate.annotator=teacher", "train.compare=[cross-entropy, csm]", "train.optimizer.epochs=3", *overrides]
+    )
 
 
 def by_stage(config: Config) -> dict[str, Load]:

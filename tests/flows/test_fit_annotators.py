@@ -255,7 +255,9 @@ def test_auto_takes_the_least_nll_and_leaves_out_what_cannot_be_fitted(
     assert {asdict(spec)["settings"]["mixed"]["annotator"] for spec in run_specs(context)} == {"projection", choice["chosen"]}
 
 
-@pytest.mark.parametrize("lacking", ["bad", "zero-shot"])  # a head that does not fit its encoder; an encoder that cannot be loaded
+@pytest.mark.parametrize(
+    "lacking", ["bad", "zero-shot"]
+)  # a head that does not fit its encoder; an encoder that cannot be loaded
 def test_an_ensemble_among_the_candidates_goes_on_without_a_member_that_cannot_be_had(
     fit: Fit, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lacking: str
 ) -> None:
@@ -283,7 +285,9 @@ def test_an_ensemble_among_the_candidates_goes_on_without_a_member_that_cannot_b
     before = files(root)
     assert keys(fit("annotate.annotator=auto", "annotate.candidates=[pool]", *overrides)) == keys(context)
     assert changed(root, before) == {"auto.json"}  # the choice is made again, and is the same
-    with pytest.raises(InputError, match=f"^annotate\\.(annotators\\.{lacking}|encoders\\.clip): "):  # who names it wants all of it
+    with pytest.raises(
+        InputError, match=f"^annotate\\.(annotators\\.{lacking}|encoders\\.clip): "
+    ):  # who names it wants all of it
         fit("annotate.annotator=pool", *overrides)
 
 

@@ -48,7 +48,9 @@ def test_labels_of_csm_are_by_the_teacher_or_by_all_that_can_be_asked(named):
     annotate = named[1].annotate
     assert annotate.candidates == ("teacher", "experts")
     many = named[0] != "cifar10"  # classes, each of which the generator would be asked for
-    assert annotate.annotators["experts"].members == ("teacher", "linear-clip") if many else ("teacher", "generator", "linear-clip")
+    assert (
+        annotate.annotators["experts"].members == ("teacher", "linear-clip") if many else ("teacher", "generator", "linear-clip")
+    )
 
 
 def test_training_is_the_paper_s(named):

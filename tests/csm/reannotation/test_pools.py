@@ -16,7 +16,9 @@ from csm.reannotation.pools import POOLS, log_pool_weights
 NONE = Calibration("none")
 
 
-def sample(seed: int, rows: int = 300, classes: int = 4, noise: tuple[float, ...] = (0.7, 1.5, 6.0)) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(
+    seed: int, rows: int = 300, classes: int = 4, noise: tuple[float, ...] = (0.7, 1.5, 6.0)
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-posteriors (M, rows, classes) of members that see the truth through noise of their own, and labels drawn from the truth."""
     draw = torch.Generator().manual_seed(seed)
     truth = 2 * torch.randn(rows, classes, generator=draw, dtype=torch.float64)
@@ -40,7 +42,9 @@ def test_weights_are_those_of_scipy_s_optimiser(seed: int, noise: tuple[float, .
     said, labels = sample(seed, rows=150, noise=noise)
     found = log_pool_weights(said, labels)
     bounds = [(0, None)] * len(noise)
-    best = minimize(loss, np.full(len(noise), 0.5), (said, labels), "L-BFGS-B", bounds=bounds, options={"ftol": 1e-15, "gtol": 1e-9})
+    best = minimize(
+        loss, np.full(len(noise), 0.5), (said, labels), "L-BFGS-B", bounds=bounds, options={"ftol": 1e-15, "gtol": 1e-9}
+    )
     assert found.dtype == torch.float64
     assert loss(found.numpy(), said, labels) <= best.fun + 1e-9
     assert found.numpy() == pytest.approx(best.x, abs=1e-4)
@@ -52,7 +56,9 @@ def test_a_member_that_knows_the_wrong_way_gets_nothing() -> None:
     liar = (-said[0]).log_softmax(dim=1)
     found = log_pool_weights(torch.stack([said[0], liar, said[1]]), labels)
     assert found[1] == 0
-    assert found[[0, 2]].numpy() == pytest.approx(log_pool_weights(said[:2], labels).numpy(), abs=0.01)  # the prior's mean differs
+    assert found[[0, 2]].numpy() == pytest.approx(
+        log_pool_weights(said[:2], labels).numpy(), abs=0.01
+    )  # the prior's mean differs
     alone = log_pool_weights(liar[None], labels)
     assert alone.tolist() == [0.0]
 

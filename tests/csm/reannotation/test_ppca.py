@@ -28,7 +28,9 @@ def covariance(head: ppca.LowRankQDA, label: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 19])
-def test_each_class_has_the_covariance_of_scikit_learn_s_pca(tmp_path: Path, clouds: Clouds, fit_inputs: Inputs, rank: int) -> None:
+def test_each_class_has_the_covariance_of_scikit_learn_s_pca(
+    tmp_path: Path, clouds: Clouds, fit_inputs: Inputs, rank: int
+) -> None:
     x, labels = clouds(200, size=20)
     fit_qda(tmp_path, fit_inputs((x, labels)), pooling=0.0, shrinkage=0.0, rank=rank)
     head, values, truth = load_qda(tmp_path), x.double().numpy(), labels.numpy()
@@ -74,7 +76,9 @@ def test_rank_and_pooling_are_chosen_by_held_out_nll(tmp_path: Path, clouds: Clo
     assert held_out_nll(head, inputs.features, "here") == min(losses.values())
     assert (chosen["rank"], chosen["pooling"]) == min(losses, key=losses.__getitem__)
     assert len(set(losses.values())) > 6
-    assert fit_qda(tmp_path, inputs, pooling=0.35, rank=-1) == {"rank": min(losses, key=lambda key: (key[1] != 0.35, losses[key]))[0]}
+    assert fit_qda(tmp_path, inputs, pooling=0.35, rank=-1) == {
+        "rank": min(losses, key=lambda key: (key[1] != 0.35, losses[key]))[0]
+    }
     assert fit_qda(tmp_path, inputs, rank=6) == {"pooling": min(losses, key=lambda key: (key[0] != 6, losses[key]))[1]}
 
 
