@@ -10,7 +10,7 @@ from csm.errors import InputError
 from csm.parameters import check_name
 from flows.artifacts import Workspace
 from flows.bench.calibration import calibrate
-from flows.bench.recipe_plan import KNOWN_TRUTH, RecipePlan, base_settings, check_datasets, image_kinds
+from flows.bench.recipe_plan import KNOWN_TRUTH, RecipePlan, base_settings, check_datasets, image_kinds, with_methods
 from flows.bench.recipe_reach import reach
 from flows.bench.recipe_rows import rows
 from flows.bench.recipe_search import chosen_config, draw, search
@@ -102,9 +102,8 @@ def _work(plan: RecipePlan, dataset: str, known: Sequence[str], asked: Sequence[
     chosen = tuple(name for name in plan.with_needed(asked) if name in possible) if asked else tuple(everything)
     methods = {name: base_settings(plan, config, name, {}) for name in dict.fromkeys((*everything, *chosen))}
     # Images for all of them, so that a workspace in which some methods are compared is good for the others.
-    changes = {"plan.kinds": image_kinds(methods), "train.methods": methods, "train.compare": list(chosen)}
-    # Removed first: what is laid over a method would keep settings that are not those of the method that it is like.
-    return Work(Path(dataset).stem, config.with_values({"train.methods": None}, changes), chosen)
+    changes = {"plan.kinds": image_kinds(methods), "train.compare": list(chosen)}
+    return Work(Path(dataset).stem, with_methods(config, methods, changes), chosen)
 
 
 def _write(root: Path, found: Sequence[dict[str, Any]], dataset: str) -> None:

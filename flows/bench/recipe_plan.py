@@ -187,3 +187,8 @@ def image_kinds(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Kinds of images that a plan must have for ``methods``, name -> settings; semantic mixtures in any case."""
     needed = {"semantic", *(method["mixed"]["images"] for method in methods.values() if method.get("mixed"))}
     return [kind for kind in KINDS if kind in needed]
+
+
+def with_methods(config: Config, methods: Mapping[str, Mapping[str, Any]], changes: Mapping[str, Any]) -> Config:
+    """``config`` with ``methods``, name -> whole settings, in place of those of these names, and ``changes`` of dotted keys."""
+    return config.with_values({"train.methods": dict.fromkeys(methods)}, {"train.methods": methods, **changes})

@@ -17,7 +17,7 @@ from csm.metrics import evaluate
 from csm.runs import RunSpec
 from csm.search.space import SearchSpace
 from flows.artifacts import open_workspace
-from flows.bench.recipe_plan import RecipePlan, base_settings, settings
+from flows.bench.recipe_plan import RecipePlan, base_settings, settings, with_methods
 from flows.config import Config, plain
 from flows.evaluate import split_logits
 from flows.progress import say
@@ -134,7 +134,7 @@ def trial_config(config: Config, trials: Sequence[Trial]) -> Config:
     methods = {
         trial.name: settings(known[trial.method], trial.values, f"methods.{trial.method}.space", epochs) for trial in trials
     }
-    return config.with_values({"train.methods": methods, "train.compare": [trial.name for trial in trials]})
+    return with_methods(config, methods, {"train.compare": [trial.name for trial in trials]})
 
 
 def trial_specs(context: Context, seeds: int) -> list[RunSpec]:
@@ -194,4 +194,4 @@ def chosen_config(config: Config, plan: RecipePlan, names: Sequence[str], trials
     """``config`` with the methods ``names`` as the search left them, and those like them."""
     values = {trial.method: trial.values for trial in trials if trial.chosen}
     methods = {name: base_settings(plan, config, name, values) for name in names}
-    return config.with_values({"train.methods": methods, "train.compare": list(names)})
+    return with_methods(config, methods, {"train.compare": list(names)})

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from csm import storage
 from csm.errors import InputError
 from csm.parameters import check_name
-from flows.bench.recipe_plan import image_kinds, settings
+from flows.bench.recipe_plan import image_kinds, settings, with_methods
 from flows.config import Config, load_config
 from flows.config_errors import explain
 from flows.config_layers import merge
@@ -139,7 +139,7 @@ def place_config(place: str, chosen: Mapping[str, Study], studies: Mapping[str, 
         check_name(f"study {arm.study}: methods.{arm.name}.like", arm.like, known)
         methods[arm.run] = settings(known[arm.like], arm.changes, f"study {arm.study}: methods.{arm.name}.method", epochs)
     compared = list(dict.fromkeys(arm.run for arm in here))
-    return config.with_values({"plan.kinds": image_kinds(methods), "train.methods": methods, "train.compare": compared})
+    return with_methods(config, methods, {"plan.kinds": image_kinds(methods), "train.compare": compared})
 
 
 def _merged(studies: Mapping[str, Study], everyone: Sequence[Arm], key: str) -> dict[str, Any]:
