@@ -116,8 +116,8 @@ def test_test_images_have_no_say(monkeypatch, config, plan):
 
 
 class Spec:
-    def __init__(self, method, seed, folder=recipe_search.Path("nowhere")):
-        self.method, self.seed, self.run, self.directory = method, seed, f"{method}-seed{seed}", folder
+    def __init__(self, method, seed):
+        self.method, self.seed, self.run, self.directory = method, seed, f"{method}-seed{seed}", recipe_search.Path("nowhere")
 
 
 def test_the_chosen_settings_become_the_methods(config, plan):
