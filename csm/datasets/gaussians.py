@@ -166,7 +166,7 @@ def _digits_law(classes: int, components: int) -> Law:
 
 
 def _clusters(images: torch.Tensor, labels: torch.Tensor, number: int) -> torch.Tensor:
-    """Labels int64 (N,) of each class of ``labels`` cut into ``number`` k-means clusters: k becomes number * k, number * k + 1, ..."""
+    """Labels int64 (N,) of each class cut into ``number`` k-means clusters: class k becomes number * k, number * k + 1, ..."""
     from sklearn.cluster import KMeans  # a second to import, which every worker would pay
 
     clusters = labels * number

@@ -176,8 +176,8 @@ def _recipe(
 @click.command(
     "research",
     short_help="Controlled experiments on mixing, labels and training.",
-    help="Train the methods of each STUDY (none: all of flows/configs/research) and compare them with its reference, on validation, by "
-    "which to decide, and on test.",
+    help="Train the methods of each STUDY (none: all of flows/configs/research) and compare them with its reference: on validation, "
+    "by which to decide, and on test.",
 )
 @click.argument("studies", nargs=-1, metavar="[STUDY ...]")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Of each method.")

@@ -39,7 +39,7 @@ def write(folder, methods, common=RATES):
         "common": common,
         "methods": methods,
     }
-    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
     return folder / "plan.yaml"
 
 

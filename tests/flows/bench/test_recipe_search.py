@@ -1,5 +1,4 @@
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -116,12 +115,9 @@ def test_test_images_have_no_say(monkeypatch, config, plan):
     assert [trial.chosen for trial in trials] == [False, True, False]
 
 
-NOWHERE = Path("nowhere")
-
-
 class Spec:
-    def __init__(self, method, seed, folder=NOWHERE):
-        self.method, self.seed, self.run, self.directory = method, seed, f"{method}-seed{seed}", folder
+    def __init__(self, method, seed):
+        self.method, self.seed, self.run, self.directory = method, seed, f"{method}-seed{seed}", recipe_search.Path("nowhere")
 
 
 def test_the_chosen_settings_become_the_methods(config, plan):
