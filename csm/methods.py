@@ -94,6 +94,8 @@ def identity(method: Method) -> dict[str, Any]:
     """
     later = {"members": 1, "optimizer": {}}
     values = {**asdict(method), "description": ""}
+    if method.mixed and method.mixed.images == "semantic":
+        del values["mixed"]["images"]
     return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 
