@@ -57,7 +57,7 @@ def test_the_part_of_a_trial_is_one_of_the_choices():
 def test_inputs_are_labelled_by_every_annotator_that_a_trial_may_ask():
     space = {"method": ["cross-entropy", "csm", "paper"], "annotate.annotator": ["teacher", "qda"]}
     config = swept(space)
-    assert set(input_config(config, {}).annotators) == {"auto", "teacher", "qda", "projection"}
+    assert set(input_config(config, {}).annotators) == {"teacher", "qda", "projection"}
     config = swept({"method.mixed.annotator": ["lda", "knn"], "plan.sets_per_pair": [3, 5]})
     wide = input_config(config, {"plan.sets_per_pair": 5})
     assert set(wide.annotators) == {"lda", "knn", config.annotate.annotator}
