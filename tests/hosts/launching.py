@@ -45,7 +45,7 @@ class Launched:
             self.hosts.free(name)
         nodes = self.nodes()
         if len(nodes) != len(self.hosts.names):
-            # A head that goes on takes lost workers back in seconds; a new one takes a minute.
+            # A head that is there stays as it is: it starts Ray on lost workers by itself.
             self.up("" if not self.timings else "--no-restart" if nodes else "--restart-only")
 
     def up(self, options: str = "", timeout: float = 300.0) -> None:
