@@ -1,5 +1,6 @@
 """What each kind of worker takes of the cluster, and whether it fits."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from pydantic import ConfigDict, Field
@@ -53,14 +54,14 @@ class Cap:
 class ResourcesConfig:
     """Resources of each stage that runs on Ray.
 
-    On two CPUs the defaults give two mixing actors and one annotation actor beside them. ``fit`` is the group that trains one generator
-    together, ``train`` the one that shares many classifiers. All of them are sized to ``cap``, this run's share of a cluster that others
-    use too. While a run of higher ``priority`` is on the cluster, this one waits: mixing and annotation from one shard to the next,
-    trainings and sweeps before they start.
+    The defaults give one mixing and one annotation actor for every CPU: labels may cost more than images. ``fit`` is the group that trains
+    one generator together, ``train`` the one that shares many classifiers. All of them are sized to ``cap``, this run's share of a cluster
+    that others use too. While a run of higher ``priority`` is on the cluster, this one waits: mixing and annotation from one shard to the
+    next, trainings and sweeps before they start.
     """
 
-    mix: Pool = Pool(cpus=0.8)
-    annotate: Pool = Pool(cpus=0.2, max_actors=1)
+    mix: Pool = Pool(cpus=0.6)
+    annotate: Pool = Pool(cpus=0.4)
     train: Group = Group()
     fit: FitGroup = FitGroup()
     cap: Cap = Cap()
@@ -76,7 +77,8 @@ def fits(cpus: float, gpus: float, total: dict[str, float]) -> int:
 def pool_sizes(pools: dict[str, Pool], total: dict[str, float]) -> dict[str, tuple[int, int]]:
     """(minimum, maximum) actors of pools that run at once.
 
-    Every pool first gets its minimum; what is left goes to the pools with ``max_actors=0``, in order.
+    Every pool first gets its minimum; of what is left they take one actor each, in turn, until nothing fits. Without GPUs a pool has no more
+    actors than there are CPUs, if ``max_actors`` does not say so: each computes in a thread of its own.
 
     Args:
         pools: name -> pool.
@@ -94,16 +96,20 @@ def pool_sizes(pools: dict[str, Pool], total: dict[str, float]) -> dict[str, tup
                 f"resources: {sums} = {needed[key]:g} {kind}, but the cluster has {have:g}; "
                 f"lower resources.*.{key} or resources.*.min_actors, raise resources.cap if it is set, or add nodes"
             )
-    sizes = {}
-    for name, pool in pools.items():
-        others = {key: needed[key] - pool.min_actors * getattr(pool, key) for key in needed}
-        left = {"CPU": total.get("CPU", 0.0) - others["cpus"], "GPU": total.get("GPU", 0.0) - others["gpus"]}
-        room = fits(pool.cpus, pool.gpus, left)
-        most = max(pool.min_actors, min(pool.max_actors, room) if pool.max_actors else room)
-        sizes[name] = (pool.min_actors, most)
-        needed["cpus"] += (most - pool.min_actors) * pool.cpus
-        needed["gpus"] += (most - pool.min_actors) * pool.gpus
-    return sizes
+    most = {name: pool.min_actors for name, pool in pools.items()}
+    left = {kind: total.get(kind, 0.0) - needed[key] for key, kind in (("cpus", "CPU"), ("gpus", "GPU"))}
+    growing = list(pools)
+    while growing:
+        for name in growing.copy():
+            pool = pools[name]
+            limit = pool.max_actors or (math.inf if pool.gpus else math.ceil(total.get("CPU", 0.0)))
+            if most[name] >= limit or not fits(pool.cpus, pool.gpus, left):
+                growing.remove(name)
+                continue
+            most[name] += 1
+            left["CPU"] -= pool.cpus
+            left["GPU"] -= pool.gpus
+    return {name: (pool.min_actors, most[name]) for name, pool in pools.items()}
 
 
 def wanting(pools: Mapping[str, Pool], nodes: Sequence[Mapping[str, float]]) -> str:

@@ -28,14 +28,16 @@ def test_fits_counts_whole_workers(cpus, gpus, total, expected):
     ("pools", "total", "expected"),
     [
         # the defaults on the two CPUs that their docstring speaks of
-        ({"mix": ResourcesConfig().mix, "annotate": ResourcesConfig().annotate}, {"CPU": 2}, {"mix": (1, 2), "annotate": (1, 1)}),
+        ({"mix": ResourcesConfig().mix, "annotate": ResourcesConfig().annotate}, {"CPU": 2}, {"mix": (1, 2), "annotate": (1, 2)}),
+        ({"mix": ResourcesConfig().mix}, {"CPU": 2}, {"mix": (1, 2)}),  # no more than CPUs
         ({"mix": ResourcesConfig().mix, "annotate": ResourcesConfig().annotate}, {"CPU": 1}, {"mix": (1, 1), "annotate": (1, 1)}),
         ({"mix": Pool(cpus=1, gpus=0.5)}, {"CPU": 8, "GPU": 2}, {"mix": (1, 4)}),
         ({"mix": Pool(cpus=1, gpus=1), "annotate": Pool(cpus=1)}, {"CPU": 6, "GPU": 2}, {"mix": (1, 2), "annotate": (1, 4)}),
         ({"mix": Pool(max_actors=2)}, {"CPU": 8}, {"mix": (1, 2)}),
         ({"mix": Pool(min_actors=2, max_actors=9)}, {"CPU": 4}, {"mix": (2, 4)}),
-        # the first pool without a limit takes what is left
-        ({"mix": Pool(), "annotate": Pool()}, {"CPU": 5}, {"mix": (1, 4), "annotate": (1, 1)}),
+        # they take what is left in turn
+        ({"mix": Pool(), "annotate": Pool()}, {"CPU": 5}, {"mix": (1, 3), "annotate": (1, 2)}),
+        ({"mix": Pool(cpus=4), "annotate": Pool()}, {"CPU": 8}, {"mix": (1, 1), "annotate": (1, 4)}),
         ({"mix": Pool(max_actors=1), "annotate": Pool()}, {"CPU": 5}, {"mix": (1, 1), "annotate": (1, 4)}),
         ({}, {"CPU": 1}, {}),
     ],
@@ -85,7 +87,7 @@ def test_pools_never_take_more_than_there_is_and_leave_no_room_unused(pools, cpu
         least, most = sizes[name]
         assert least == p.min_actors <= most
         assert not p.max_actors or most <= max(p.max_actors, p.min_actors)
-        if not p.max_actors:
+        if not p.max_actors and (p.gpus or most < cpus):
             assert left[0] < p.cpus - 1e-9 or left[1] < p.gpus - 1e-9
 
 
