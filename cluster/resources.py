@@ -77,8 +77,8 @@ def fits(cpus: float, gpus: float, total: dict[str, float]) -> int:
 def pool_sizes(pools: dict[str, Pool], total: dict[str, float]) -> dict[str, tuple[int, int]]:
     """(minimum, maximum) actors of pools that run at once.
 
-    Every pool first gets its minimum; of what is left they take one actor each, in turn, until nothing fits. Without GPUs a pool has no more
-    actors than there are CPUs, if ``max_actors`` does not say so: each computes in a thread of its own.
+    Every pool first gets its minimum; of what is left they take one actor each, in turn, until nothing fits. Without GPUs a pool has no
+    more actors than there are CPUs, if ``max_actors`` does not say so: each computes in a thread of its own.
 
     Args:
         pools: name -> pool.
