@@ -13,7 +13,7 @@ from flows.bench.calibration import calibrate
 from flows.bench.recipe_plan import KNOWN_TRUTH, RecipePlan, base_settings, check_datasets, image_kinds, with_methods
 from flows.bench.recipe_reach import reach
 from flows.bench.recipe_rows import rows
-from flows.bench.recipe_search import chosen_config, draw, search
+from flows.bench.recipe_search import check_trials, chosen_config, draw, search
 from flows.config import Config, load_config
 from flows.progress import say
 from flows.tracking_address import OWN, Address
@@ -59,17 +59,21 @@ def recipe(
         InputError: a name is unknown, the plan does not fit the configurations, or whatever the pipeline refuses.
     """
     size = plan.quick if quick else plan.full
+    if size is None:
+        raise InputError("--quick: the plan has no size 'quick': give it one, or leave the option out")
     root = root / "quick" if quick else root
     trials, seeds = trials or size.trials, seeds or size.seeds
     works = [_work(plan, name, size.methods, methods, seeds) for name in _datasets(plan, datasets or size.datasets)]
+    drawn = [[trial for name in _searched(work, plan) for trial in draw(work.config, plan, name, trials)] for work in works]
+    for work, tried in zip(works, drawn, strict=True):
+        check_trials(work.config, tried)  # now, not after the images are made
     found: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     for number, work in enumerate(works):
         folder = root / work.name
         left = ", ".join(each.name for each in works[number + 1 :]) or "none"
         where = f"recipe: data set {number + 1} of {len(works)}, {work.name}"
-        searched = [name for name in work.methods if not plan.methods[name].like]
-        tried = sum(len(draw(work.config, plan, name, trials)) for name in searched) if trials > 1 else 0
+        searched, tried = _searched(work, plan), len(drawn[number]) if trials > 1 else 0
         say(f"{where}: phase 1 of 2, images and {tried} trials of {len(searched)} methods; data sets after it: {left}")
         options = (folder, address, command, tracking)
         chosen = search(work.config, plan, work.methods, trials, size.trial_seeds, *options)
@@ -80,6 +84,11 @@ def recipe(
             found += rows(outcome.config, Workspace(folder), work.name, plan, chosen)
         _write(root, found, work.name)
     return Proof(found, failed)
+
+
+def _searched(work: Work, plan: RecipePlan) -> list[str]:
+    """Methods that have a search of their own."""
+    return [name for name in work.methods if not plan.methods[name].like]
 
 
 def _datasets(plan: RecipePlan, names: Sequence[str]) -> list[str]:

@@ -69,15 +69,15 @@ class RecipePlan:
     """The whole comparison.
 
     Attributes:
-        full, quick: two sizes of it.
+        full, quick: two sizes of it, of which a plan of one's own may leave the second out.
         methods: by name; one that the configurations do not know needs ``like``.
         common: what is searched for every method that has a search of its own.
         settings: dotted key -> value, laid over the configuration of every data set.
     """
 
     full: Size
-    quick: Size
-    methods: dict[str, Entry]
+    quick: Size | None = None
+    methods: dict[str, Entry] = Field(default_factory=dict)
     common: dict[str, Any] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
 
@@ -118,7 +118,7 @@ def read_plan(path: Path | None = None) -> RecipePlan:
         raise InputError(f"{where}{explain(error.errors(), RecipePlan)}") from None
     if len(plan.of_kind("recipe")) != 1:
         raise InputError(f"{where}methods: expected one of kind recipe, got {len(plan.of_kind('recipe'))}")
-    for size in (plan.full, plan.quick):
+    for size in filter(None, (plan.full, plan.quick)):
         for name in size.methods:
             check_name(f"{where}methods", name, plan.methods)
     for name, entry in plan.methods.items():

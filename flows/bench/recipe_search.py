@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -135,6 +136,15 @@ def trial_config(config: Config, trials: Sequence[Trial]) -> Config:
         trial.name: settings(known[trial.method], trial.values, f"methods.{trial.method}.space", epochs) for trial in trials
     }
     return with_methods(config, methods, {"train.compare": [trial.name for trial in trials]})
+
+
+def check_trials(config: Config, trials: Sequence[Trial]) -> None:
+    """``InputError``, which names the method's place in the plan, if ``trials`` cannot be settings of methods of ``config``."""
+    try:
+        trial_config(config, trials)
+    except InputError as error:
+        place = re.sub(r"train\.methods\.(\S+?)\.t\d+\.", r"methods.\1.space, or common: ", str(error), count=1)
+        raise InputError(f"the plan: {place}") from None
 
 
 def trial_specs(context: Context, seeds: int) -> list[RunSpec]:
