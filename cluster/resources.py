@@ -13,7 +13,10 @@ STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, config=STRICT)
 class Pool:
-    """An actor pool: between ``min_actors`` and ``max_actors`` (0: as many as fit), each with ``cpus`` and ``gpus`` (fractions allowed)."""
+    """An actor pool: between ``min_actors`` and ``max_actors``, each with ``cpus`` and ``gpus`` (fractions allowed).
+
+    ``max_actors`` 0: as many as fit, without GPUs no more than there are CPUs.
+    """
 
     min_actors: int = Field(default=1, ge=1)
     max_actors: int = Field(default=0, ge=0)

@@ -23,9 +23,7 @@ from csm.plan_rules import pair_policy
 MEASURED = ("confusion", "prototypes")  # policies whose pairs are chosen by what fitted annotators say
 SEMANTIC, REAL = "semantic", "real"  # kinds: those that are planned unless others are asked for, and those that no pair makes
 DIGESTS = "csm.digests"  # in the footer of a plan: kind -> digest of its rows
-SHARDS_OF_KIND = (
-    10_000_000  # each kind has numbers of its own, so that its part files stay where they are, whatever else is planned
-)
+SHARDS_OF_KIND = 10_000_000  # each kind has numbers of its own: its part files stay where they are, whatever else is planned
 CHUNK_ROWS = 65536  # of a row group, about: what a reader of one shard decodes
 
 
