@@ -70,7 +70,8 @@ class TeacherConfig:
         network: a key of ``NETWORKS``; None: that of ``train``.
         parameters: of the network; None: those of ``train``, or none for another network.
         optimizer: the whole section; None: that of ``train``.
-        models: folders of finished classifiers, or globs of such folders, which are the members in place of ones that are trained here.
+        models: folders of finished classifiers, or globs of such folders, which are the members in place of ones that are trained here;
+            the other settings then mean nothing.
     """
 
     network: str | None = None

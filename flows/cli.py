@@ -34,6 +34,12 @@ class _Commands(click.Group):
         debug = "--debug" in sys.argv
         try:
             return super().invoke(ctx)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "csm"
+            click.echo(f"{path}: {' '.join(error.format_message().split())} ({path} --help lists what there is)", err=True)
+            raise SystemExit(error.exit_code) from None
         except (click.exceptions.Exit, click.Abort, click.ClickException):
             raise
         except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from csm.parameters import check_name, check_parameters
 from csm.pixel_mixing import build_pixel_mixing
 from csm.schedules import OF_PAIRS, SCHEDULES, WITHOUT_PAIRS
 from csm.tables import KINDS
-from flows.annotators import AnnotateConfig, check_asked, check_folder_name
+from flows.annotators import AnnotateConfig, TeacherConfig, check_asked, check_folder_name
 from flows.config_errors import explain
 
 
@@ -58,10 +58,12 @@ def teacher_training(train: TrainConfig, annotate: AnnotateConfig) -> TrainConfi
 
 
 def check_teacher(train: TrainConfig, annotate: AnnotateConfig) -> AnnotateConfig:
-    """``annotate`` with the teacher's parameters in their types; ``InputError`` names the key that cannot be used."""
-    for key in ("network", "parameters", "optimizer"):
-        if annotate.teacher.models and getattr(annotate.teacher, key) is not None:
-            raise InputError(f"annotate.teacher.{key}: annotate.teacher.models are trained already; leave one of the two out")
+    """``annotate`` with the teacher's parameters in their types; ``InputError`` names the key that cannot be used.
+
+    Of a teacher of finished classifiers nothing else is kept: a configuration that says how to train one need not be changed for it.
+    """
+    if annotate.teacher.models:
+        return replace(annotate, teacher=TeacherConfig(models=annotate.teacher.models))
     training = teacher_training(train, annotate)
     parameters = _check_network(training, "annotate.teacher")
     if annotate.teacher.optimizer:

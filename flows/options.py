@@ -29,11 +29,15 @@ WORKSPACE_OPTION = click.option(
     metavar="DIR",
     help="Where all goes: a folder that every node sees, or s3://BUCKET/FOLDER.",
 )
+OVERRIDE_OPTION = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting, e.g. train.seeds=5; repeatable."
+)
+ADDRESS_OPTION = click.option(
+    "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
+)
 CONFIG_OPTIONS = (
     click.option("--config", default="demo", show_default=True, help="Name of a bundled configuration, or a .yaml file."),
-    click.option(
-        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting, e.g. train.seeds=5; repeatable."
-    ),
+    OVERRIDE_OPTION,
     WORKSPACE_OPTION,
 )
 TRACKING_OPTIONS = (
@@ -80,9 +84,7 @@ SUBMIT_OPTIONS = (
 )
 SHARED_OPTIONS = (
     *CONFIG_OPTIONS,
-    click.option(
-        "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
-    ),
+    ADDRESS_OPTION,
     click.option(
         "--force", "forced", multiple=True, metavar="STAGE", help="Do a stage again though nothing changed; repeatable."
     ),

@@ -116,4 +116,4 @@ def _legend(summary: pl.DataFrame, methods: Sequence[Method], cost: bool) -> lis
     else:
         spread = "mean±standard deviation over seeds" if summary["std"].count() else "one seed"
         lines = [f"{spread}; * best; T = 1: no temperature scaling"]
-    return [*lines, "cost: training one classifier, mean over seeds"] if cost else lines
+    return [*lines, "cost: training one classifier, or all members of an ensemble; mean over seeds"] if cost else lines

@@ -150,7 +150,7 @@ def _own_changes(context: Context, name: str) -> list[str]:
 def _replaces(context: Context, name: str, changed: str) -> InputError:
     return InputError(
         f"--workspace {context.workspace.root}: {name} was made by another configuration there ({changed}); "
-        f"choose another --workspace, or replace it with --force {name}"
+        f"set that back (--set), choose another --workspace, or replace it with --force {name}"
     )
 
 

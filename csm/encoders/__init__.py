@@ -11,7 +11,7 @@ from csm.encoders.classifier import load_penultimate, load_teacher
 from csm.encoders.clip import check_clip, load_clip
 from csm.encoders.dinov2 import check_dinov2, load_dinov2
 from csm.encoders.features import FeatureTable
-from csm.encoders.generative import load_generator_posterior, load_true_posterior
+from csm.encoders.generative import load_generator_posterior, load_shortlist_posterior, load_true_posterior
 from csm.encoders.pca import fit_pca, load_pca
 from csm.encoders.pixels import load_pixels
 from csm.encoders.sources import Sources
@@ -53,6 +53,7 @@ ENCODERS: dict[str, EncoderKind] = {
     "clip": EncoderKind(load_clip, check=check_clip),
     "dinov2": EncoderKind(load_dinov2, check=check_dinov2),
     "generator": EncoderKind(load_generator_posterior, needs=("generator",)),
+    "shortlist": EncoderKind(load_shortlist_posterior, needs=("generator", "members")),
     "truth": EncoderKind(load_true_posterior, needs=("truth",)),
 }
 

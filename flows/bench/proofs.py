@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from flows.masking import command_line
-from flows.options import OUTPUT_OPTIONS, TRACKING_OPTIONS, print_table, with_options
+from flows.options import ADDRESS_OPTION, OUTPUT_OPTIONS, OVERRIDE_OPTION, TRACKING_OPTIONS, print_table, with_options
 from flows.tracking_address import Address
 
 WIDTH = 180  # of tables, where there is no terminal
@@ -19,21 +19,20 @@ def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tupl
     return tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
 
 
-def _workspace(default: str) -> tuple[Callable[..., Any], ...]:
+def _proof_options(workspace: str) -> tuple[Callable[..., Any], ...]:
+    """Those that all of the commands have; ``workspace`` is the default."""
     return (
+        OVERRIDE_OPTION,
         click.option(
             "--workspace",
             type=click.Path(path_type=Path),
-            default=Path(default),
+            default=Path(workspace),
             show_default=True,
-            help="Workspaces go below it.",
+            help="Everything goes there; of several data sets each has a workspace below it.",
         ),
-        click.option(
-            "--address",
-            default="local",
-            show_default=True,
-            help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT.",
-        ),
+        ADDRESS_OPTION,
+        *TRACKING_OPTIONS,
+        *OUTPUT_OPTIONS,
     )
 
 
@@ -43,22 +42,11 @@ def _workspace(default: str) -> tuple[Callable[..., Any], ...]:
     help="Every annotator's labels, and the classifiers that learn them, against the true posterior of data drawn from known Gaussians.",
 )
 @click.option("--config", default="gaussians", show_default=True, help="Name of a configuration with data of source gaussians.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
-@click.option(
-    "--workspace",
-    type=click.Path(path_type=Path),
-    default=Path("truth"),
-    show_default=True,
-    help="A workspace for each data set goes below it.",
-)
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Data sets: data.seed 0, 1, ...")
 @click.option(
     "--generator", "generators", multiple=True, help="fitted (to the training images) or oracle (the truth); default: both."
 )
-@click.option(
-    "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
-)
-@with_options((*TRACKING_OPTIONS, *OUTPUT_OPTIONS))
+@with_options(_proof_options("truth"))
 def _truth(
     config: str,
     overrides: tuple[str, ...],
@@ -94,14 +82,7 @@ def _truth(
     help="all of train.methods, those without mixing, those with (beside cross-entropy), or names.  [default: train.compare]",
 )
 @click.option("--seeds", type=click.IntRange(min=1), help="Of each method.  [default: train.seeds]")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
-@click.option(
-    "--workspace", type=click.Path(path_type=Path), default=Path("calibration"), show_default=True, help="Where all goes."
-)
-@click.option(
-    "--address", default="local", show_default=True, help="Ray: local starts one here; auto, HOST:PORT or ray://HOST:PORT."
-)
-@with_options((*TRACKING_OPTIONS, *OUTPUT_OPTIONS))
+@with_options(_proof_options("calibration"))
 def _calibration(
     config: str,
     methods: str | None,
@@ -142,7 +123,7 @@ def _calibration(
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan of your own, as flows/configs/bench/recipe.yaml."
 )
-@with_options((*_workspace("recipe"), *TRACKING_OPTIONS, *OUTPUT_OPTIONS))
+@with_options(_proof_options("recipe"))
 def _recipe(
     datasets: tuple[str, ...],
     methods: tuple[str, ...],
@@ -150,6 +131,7 @@ def _recipe(
     trials: int | None,
     quick: bool,
     plan_file: Path | None,
+    overrides: tuple[str, ...],
     workspace: Path,
     address: str,
     tracking_uri: str,
@@ -163,7 +145,7 @@ def _recipe(
     from flows.bench.recipe_rows import table
 
     tracking, line = Address(tracking_uri, experiment), command_line(address)
-    proof = prove(workspace, read_plan(plan_file), datasets, methods, seeds, trials, quick, address, line, tracking)
+    proof = prove(workspace, read_plan(plan_file), datasets, methods, seeds, trials, quick, overrides, address, line, tracking)
     for dataset in dict.fromkeys(row["dataset"] for row in proof.rows):
         print_table(table([row for row in proof.rows if row["dataset"] == dataset]), WIDTH)
     if found := reach(proof.rows):
@@ -181,10 +163,11 @@ def _recipe(
 )
 @click.argument("studies", nargs=-1, metavar="[STUDY ...]")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Of each method.")
-@with_options((*_workspace("research"), *TRACKING_OPTIONS, *OUTPUT_OPTIONS))
+@with_options(_proof_options("research"))
 def _research(
     studies: tuple[str, ...],
     seeds: int,
+    overrides: tuple[str, ...],
     workspace: Path,
     address: str,
     tracking_uri: str,
@@ -196,7 +179,7 @@ def _research(
     from flows.bench.research_views import tables
     from flows.bench.studies import read_studies
 
-    findings = study(workspace, studies, seeds, address, command_line(address), Address(tracking_uri, experiment))
+    findings = study(workspace, studies, seeds, overrides, address, command_line(address), Address(tracking_uri, experiment))
     known = read_studies()
     for name in dict.fromkeys(row["study"] for row in findings.rows):
         for table in tables(name, known[name], [row for row in findings.rows if row["study"] == name]):

@@ -10,7 +10,7 @@ from csm.errors import InputError
 from csm.parameters import check_name
 from flows.artifacts import Workspace
 from flows.bench.calibration import calibrate
-from flows.bench.recipe_plan import KNOWN_TRUTH, RecipePlan, base_settings, check_datasets, image_kinds, with_methods
+from flows.bench.recipe_plan import KNOWN_TRUTH, RecipePlan, Size, base_settings, check_datasets, image_kinds, with_methods
 from flows.bench.recipe_reach import reach
 from flows.bench.recipe_rows import rows
 from flows.bench.recipe_search import check_trials, chosen_config, draw, search
@@ -42,6 +42,7 @@ def recipe(
     seeds: int | None = None,
     trials: int | None = None,
     quick: bool = False,
+    overrides: Sequence[str] = (),
     address: str = "local",
     command: str = "",
     tracking: Address = OWN,
@@ -54,6 +55,7 @@ def recipe(
     Args:
         datasets, methods, seeds, trials: other ones than the plan's; methods that the given ones need come along.
         quick: the small size of the plan, below ``root/quick``.
+        overrides: KEY=VALUE for the configuration of every data set, over those of the plan.
 
     Raises:
         InputError: a name is unknown, the plan does not fit the configurations, or whatever the pipeline refuses.
@@ -63,7 +65,7 @@ def recipe(
         raise InputError("--quick: the plan has no size 'quick': give it one, or leave the option out")
     root = root / "quick" if quick else root
     trials, seeds = trials or size.trials, seeds or size.seeds
-    works = [_work(plan, name, size.methods, methods, seeds) for name in _datasets(plan, datasets or size.datasets)]
+    works = [_work(plan, size, name, methods, seeds, overrides) for name in _datasets(plan, datasets or size.datasets)]
     drawn = [[trial for name in _searched(work, plan) for trial in draw(work.config, plan, name, trials)] for work in works]
     for work, tried in zip(works, drawn, strict=True):
         check_trials(work.config, tried)  # now, not after the images are made
@@ -100,14 +102,14 @@ def _datasets(plan: RecipePlan, names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _work(plan: RecipePlan, dataset: str, known: Sequence[str], asked: Sequence[str], seeds: int) -> Work:
-    """What is done on ``dataset``: images of all kinds that the ``known`` methods (none: all) train on, and of these the ``asked``."""
-    overrides = [f"{key}={json.dumps(value)}" for key, value in plan.settings.items()]
-    config = load_config(dataset, [*overrides, f"train.seeds={seeds}", "train.loss=null"])
+def _work(plan: RecipePlan, size: Size, dataset: str, asked: Sequence[str], seeds: int, overrides: Sequence[str]) -> Work:
+    """What is done on ``dataset``: images of all kinds that methods of this ``size`` train on, and of the methods those ``asked`` for."""
+    laid = [f"{key}={json.dumps(value)}" for key, value in (plan.settings | size.settings).items()]
+    config = load_config(dataset, [*laid, *overrides, f"train.seeds={seeds}", "train.loss=null"])
     for name in asked:
         check_name("--methods", name, plan.methods)
     possible = [name for name in plan.methods if plan.methods[name].kind != "ceiling" or config.data["source"] == KNOWN_TRUTH]
-    everything = [name for name in plan.with_needed(known or possible) if name in possible]
+    everything = [name for name in plan.with_needed(size.methods or possible) if name in possible]
     chosen = tuple(name for name in plan.with_needed(asked) if name in possible) if asked else tuple(everything)
     methods = {name: base_settings(plan, config, name, {}) for name in dict.fromkeys((*everything, *chosen))}
     # Images for all of them, so that a workspace in which some methods are compared is good for the others.

@@ -55,6 +55,7 @@ class Size:
         trials: settings tried for each method, those that it has among them.
         trial_seeds: classifiers of each trial.
         seeds: of each method with the settings that were chosen.
+        settings: laid over those of the plan.
     """
 
     datasets: tuple[str, ...] = Field(min_length=1)
@@ -62,6 +63,7 @@ class Size:
     trials: int = Field(default=6, ge=1)
     trial_seeds: int = Field(default=1, ge=1)
     seeds: int = Field(default=5, ge=1)
+    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -40,6 +40,7 @@ def research(
     root: Path,
     asked: Sequence[str] = (),
     seeds: int = 3,
+    overrides: Sequence[str] = (),
     address: str = "local",
     command: str = "",
     tracking: Address = OWN,
@@ -57,6 +58,7 @@ def research(
 
     Args:
         seeds: of each method.
+        overrides: KEY=VALUE for every configuration, under what the studies change.
         studies: by name; None: the bundled ones.
 
     Raises:
@@ -66,7 +68,9 @@ def research(
     chosen = choose_studies(asked, known)
     needed = [arm for name, study in chosen.items() for arm in arms(name, study)]
     places = sorted({arm.place: arm for arm in needed}.values(), key=lambda arm: (arm.config, bool(arm.world)))  # the base first
-    configs = {arm.place: place_config(arm.place, chosen, known, str((root / arm.data).absolute()), seeds) for arm in places}
+    configs = {
+        arm.place: place_config(arm.place, chosen, known, str((root / arm.data).absolute()), seeds, overrides) for arm in places
+    }
     failed: dict[str, str] = {}
     for number, arm in enumerate(places):
         changed = ", ".join(f"{key} {value}" for key, value in arm.world.items())

@@ -116,13 +116,21 @@ def arms(name: str, study: Study) -> list[Arm]:
     return found
 
 
-def place_config(place: str, chosen: Mapping[str, Study], studies: Mapping[str, Study], base: str, seeds: int) -> Config:
+def place_config(
+    place: str,
+    chosen: Mapping[str, Study],
+    studies: Mapping[str, Study],
+    base: str,
+    seeds: int,
+    given: Sequence[str] = (),
+) -> Config:
     """The configuration of the workspace ``place`` with the methods of the ``chosen`` studies that are trained there.
 
     Annotators, encoders and kinds of images are those of all ``studies`` there, so that the next study finds what it needs.
 
     Args:
         base: folder of the workspace with the images and labels of the configuration itself.
+        given: overrides of the user, KEY=VALUE.
 
     Raises:
         InputError: the settings of a study do not fit the configuration.
@@ -131,7 +139,13 @@ def place_config(place: str, chosen: Mapping[str, Study], studies: Mapping[str, 
     here = [arm for arm in everyone if arm.study in chosen]
     world = json.loads(json.dumps(here[0].world).replace(BASE, base))
     more = [f"annotate.{key}={json.dumps(_merged(studies, everyone, key))}" for key in ("encoders", "annotators")]
-    overrides = [*SETTINGS, *more, *(f"{key}={json.dumps(value)}" for key, value in world.items()), f"train.seeds={seeds}"]
+    overrides = [
+        *SETTINGS,
+        *given,
+        *more,
+        *(f"{key}={json.dumps(value)}" for key, value in world.items()),
+        f"train.seeds={seeds}",
+    ]
     config = load_config(here[0].config, overrides)
     known, epochs = config.train.methods, config.train.optimizer.epochs
     methods = {}

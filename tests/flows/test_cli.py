@@ -307,7 +307,7 @@ def test_a_refused_run_leaves_a_finished_workspace_as_it_was(refused, finished, 
     assert message in said
     if "another configuration" in message:
         stage = message.partition(" ")[0]
-        assert said.endswith(f"; choose another --workspace, or replace it with --force {stage}")
+        assert said.endswith(f"; set that back (--set), choose another --workspace, or replace it with --force {stage}")
     assert snapshot(finished.root) == before
 
 

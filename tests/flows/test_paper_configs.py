@@ -55,9 +55,9 @@ def test_labels_are_by_projection_in_clip_s_features(named):
 def test_labels_of_csm_are_by_the_teacher_or_by_all_that_can_be_asked(named):
     annotate = named[1].annotate
     assert annotate.candidates == ("teacher", "experts")
-    many = named[0] != "cifar10"  # classes, each of which the generator would be asked for
-    assert (
-        annotate.annotators["experts"].members == ("teacher", "linear-clip") if many else ("teacher", "generator", "linear-clip")
+    many = named[0] != "cifar10"  # classes
+    assert annotate.annotators["experts"].members == (
+        ("teacher", "linear-clip") if many else ("teacher", "shortlist", "linear-clip")
     )
 
 

@@ -438,7 +438,7 @@ def test_intervals_significance_and_cost_are_in_the_table(full):
     intro = next(text for text in full.text("p") if text.startswith("Mean over seeds, below it"))
     assert "95 % interval (bootstrap over seeds and test images), or ± the standard deviation over seeds." in intro
     assert "† differs from ce, p < 0.05 (paired bootstrap, Holm-corrected for all methods)." in intro
-    assert "Cost: GPU-seconds of training one classifier, mean over seeds." in intro
+    assert "Cost: GPU-seconds of training one classifier, or all members of an ensemble; mean over seeds." in intro
 
 
 def test_without_a_comparison_nothing_is_said_of_chance(page):

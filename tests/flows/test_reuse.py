@@ -181,7 +181,7 @@ def test_costly_results_of_other_settings_are_not_replaced(made, tmp_path):
         made.run("plan.seed=1")
     assert str(caught.value) == (
         f"--workspace {tmp_path}: source was made by another configuration there (seed 0 -> 1); "
-        "choose another --workspace, or replace it with --force source"
+        "set that back (--set), choose another --workspace, or replace it with --force source"
     )
     assert made.ran == []
     assert state(tmp_path) == before
@@ -329,7 +329,8 @@ def test_many_changes_are_cut_short(made):
     record = replace(context.workspace.record("table"), settings=before)
     context.workspace.write_record(record)
     assert (
-        stale(context, "table") == "was run with other settings (0 0 -> None; 1 0 -> None; 2 0 -> None; 3 0 -> None; and 3 more)"
+        stale(context, "table")
+        == "was run with other settings (0 0 -> (default); 1 0 -> (default); 2 0 -> (default); 3 0 -> (default); and 3 more)"
     )
 
 

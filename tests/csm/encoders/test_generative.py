@@ -8,8 +8,10 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal
 
+from csm.classifiers import ClassifierSpec, build_classifier
 from csm.encoders import ENCODERS, Sources, encode
-from csm.encoders.generative import DenoisingPosterior, ExactPosterior
+from csm.encoders.classifier import Teacher
+from csm.encoders.generative import DenoisingPosterior, ExactPosterior, ShortlistPosterior
 from csm.errors import InputError
 from csm.generators import GENERATORS
 from csm.generators.gaussian_mixtures import GaussianMixtureGenerator, MixturesSpec
@@ -154,6 +156,94 @@ def test_a_setting_out_of_range_is_named(settings: dict[str, Any], message: str,
     gaussians().save(tmp_path)
     with pytest.raises(InputError, match=f"encoder generator: {message}"):
         ENCODERS["generator"].load(Sources(tmp_path / "none", generator=tmp_path), **settings)
+
+
+class Fixed(torch.nn.Module):
+    """A teacher that says the same of every image: log-probabilities ``said``, one row for each."""
+
+    def __init__(self, probs: torch.Tensor) -> None:
+        super().__init__()
+        self.probs = probs
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.probs.log().expand(len(images), -1)
+
+
+def shortlist(probs: list[float], least: float, generator: Any = None) -> ShortlistPosterior:
+    teacher: Any = Fixed(torch.tensor(probs))
+    return ShortlistPosterior(teacher, posterior(generator or gaussians(), 4), least)
+
+
+def test_a_shortlist_of_all_classes_is_the_generator() -> None:
+    assert torch.allclose(shortlist([0.2, 0.3, 0.5], 0.1)(images()), posterior(gaussians(), 4)(images()), atol=1e-5)
+
+
+def test_a_shortlist_leaves_the_teacher_what_it_says_of_other_classes() -> None:
+    said = shortlist([0.04, 0.36, 0.6], 0.05)(images()).double().exp()
+    assert torch.allclose(said[:, 0], torch.full((40,), 0.04, dtype=torch.float64), atol=1e-6)
+    of_generator = posterior(gaussians(), 4)(images()).double().exp()[:, 1:]
+    assert torch.allclose(said[:, 1:], 0.96 * of_generator / of_generator.sum(dim=1, keepdim=True), atol=1e-6)
+
+
+def test_two_classes_are_always_open() -> None:
+    said = shortlist([0.0001, 0.0002, 0.9997], 0.9)(images()).exp()
+    assert torch.allclose(said[:, 0], torch.full((40,), 0.0001), atol=1e-6)
+    assert not torch.allclose(said[:, 2], torch.full((40,), 0.9997), atol=1e-3)
+
+
+def test_only_open_classes_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = gaussians(), []
+    denoise = model.denoise
+    monkeypatch.setattr(model, "denoise", lambda x, *rest: asked.append(len(x)) or denoise(x, *rest))
+    shortlist([0.04, 0.36, 0.6], 0.05, model)(images(6))
+    assert sum(asked) == 6 * 2 * 4 * 2  # images, open classes, levels, draws
+
+
+def test_the_shortlist_of_an_image_is_its_own() -> None:
+    class Parity(Fixed):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            odd = images.flatten(1).long().sum(dim=1, keepdim=True) % 2 == 1
+            return torch.where(odd, self.probs, self.probs.flip(0)).log()
+
+    teacher: Any = Parity(torch.tensor([0.01, 0.39, 0.6]))
+    encoder = ShortlistPosterior(teacher, posterior(gaussians(), 4), 0.05)
+    together = encoder(images(12))
+    closed = (together.exp() - 0.01).abs().min(dim=1).indices
+    assert set(closed.tolist()) == {0, 2}
+    for row in range(12):
+        assert torch.allclose(encoder(images(12)[row : row + 1])[0], together[row], atol=1e-5)
+
+
+def test_a_shortlist_is_loaded_with_its_teacher(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    UNetGenerator(UNetSpec((4, 4, 3), K, 0.5, (4, 8), 1, 0.0)).save(tmp_path / "generator")
+    classifier = build_classifier(ClassifierSpec("small-cnn", {"width": 4}, 3, tuple("abc"), (0.5,) * 3, (0.2,) * 3))
+    classifier.save(tmp_path / "member")
+    sources = Sources(tmp_path / "none", (tmp_path / "member",), tmp_path / "generator")
+    encoder = ENCODERS["shortlist"].load(sources, least=0.9, levels=2)
+    assert isinstance(encoder, ShortlistPosterior)
+    batch = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8)
+    said, teacher = encode(encoder, batch), encode(Teacher([classifier.eval()]), batch)
+    assert torch.allclose(said.exp().sum(dim=1), torch.ones(5), atol=1e-6)
+    last = teacher.min(dim=1).indices
+    assert torch.allclose(said[torch.arange(5), last], teacher[torch.arange(5), last], atol=1e-6)
+
+
+def test_an_exact_generator_needs_no_shortlist(tmp_path: Path) -> None:
+    gaussians().save(tmp_path)
+    assert isinstance(ENCODERS["shortlist"].load(Sources(tmp_path / "none", generator=tmp_path)), ExactPosterior)
+
+
+@pytest.mark.parametrize("least", [0.0, 1.0, -0.1, float("nan")])
+def test_a_share_out_of_range_is_named(least: float, tmp_path: Path) -> None:
+    gaussians().save(tmp_path)
+    with pytest.raises(InputError, match=f"encoder shortlist: least must be above 0 and below 1, got {least:g}"):
+        ENCODERS["shortlist"].load(Sources(tmp_path / "none", generator=tmp_path), least=least)
+
+
+def test_a_teacher_of_other_classes_is_refused() -> None:
+    with pytest.raises(InputError, match="encoder shortlist: the teacher knows 4 classes, the generator 3"):
+        shortlist([0.1, 0.2, 0.3, 0.4], 0.1)(images())
 
 
 @pytest.mark.parametrize("truth", [None, Path("nowhere")])

@@ -34,7 +34,7 @@ def write(folder, methods, common=RATES):
     size = {"datasets": [str(folder / "small.yaml")], "trials": 2, "seeds": 2}
     plan = {
         "full": size,
-        "quick": {**size, "trials": 1, "seeds": 1},
+        "quick": {**size, "trials": 1, "seeds": 1, "settings": {"evaluate.bins": 7}},
         "settings": {"evaluate.posthoc": ["temperature"], "register.enabled": False},
         "common": common,
         "methods": methods,
@@ -52,6 +52,8 @@ def test_unknown_names_are_refused_before_anything_is_made(csm, tmp_path):
         recipe(tmp_path / "w", read_plan(), ["digits-hard"], ["nope"])
     with pytest.raises(InputError, match=r"--datasets: digits-hard is named more than once"):
         recipe(tmp_path / "w", read_plan(), ["digits-hard", "mine/digits-hard.yaml"])
+    with pytest.raises(InputError, match=r"plan.sets: no such setting"):
+        recipe(tmp_path / "w", read_plan(), ["digits-hard"], overrides=["plan.sets=3"])
     assert not list(tmp_path.iterdir())
 
 
@@ -143,6 +145,8 @@ def test_quick_goes_below_a_folder_of_its_own(proved, serial):
     serial.clear()
     quick = recipe(root, read_plan(path), quick=True, methods=["cross-entropy"])
     assert serial == ["cross-entropy-seed0"]  # one trial needs no training
+    bins = [yaml.safe_load((root / size / "small" / "config.yaml").read_text())["evaluate"]["bins"] for size in ("", "quick")]
+    assert bins == [15, 7]
     assert [(row["method"], row["seeds"], row["nll_sd"], row["settings"]) for row in quick.rows] == [
         ("cross-entropy", 1, None, {})
     ]

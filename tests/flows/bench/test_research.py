@@ -133,7 +133,7 @@ def test_methods_are_compared_with_the_reference_whatever_workspace_they_are_in(
 def test_images_are_taken_over_where_only_labels_differ(path, ray_address, tmp_path, capfd):
     images = {"few": {"plan.sets_per_pair": 4}, "members": {"annotate.members": 2, "method.mixed.annotator": "teacher"}}
     two = {"images": Study("How many?", "Many.", (path,), images)}
-    findings = research(tmp_path / "research", [], 2, ray_address, studies=two)
+    findings = research(tmp_path / "research", [], 2, address=ray_address, studies=two)
     assert findings.failed == {}
     said = capfd.readouterr().err
     few, members = (next(each["workspace"] for each in findings.rows if each["method"] == name) for name in ("few", "members"))

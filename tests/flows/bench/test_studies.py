@@ -49,7 +49,8 @@ def test_methods_that_need_the_same_images_and_labels_share_a_workspace():
 
 
 def test_the_configuration_of_a_workspace_has_what_all_studies_need_there():
-    config = place_config("digits-hard", {"members": MEMBERS}, STUDIES, "/base", 2)
+    config = place_config("digits-hard", {"members": MEMBERS}, STUDIES, "/base", 2, ["train.optimizer.epochs=7"])
+    assert config.train.optimizer.epochs == 7
     assert list(config.train.chosen) == ["csm", "members.same"]
     assert config.train.chosen["members.same"].mixed.annotator == "moved"
     assert config.annotate.encoders["views"].parameters == {"views": 5}
