@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from csm.planning import shard_name
+
 TRIES = 3  # of a shard on which the worker's process dies
 SLOW = 3.0  # times the usual seconds of a shard: it is told from then on
 
@@ -58,7 +60,7 @@ class PoisonError(RuntimeError):
     """Shards that were given up, so that the others could be finished."""
 
     def __init__(self, poisons: Sequence[Poison]) -> None:
-        shown = "; ".join(f"{poison.step} of shard {poison.shard}, on {', '.join(poison.hosts)}" for poison in poisons[:4])
+        shown = "; ".join(f"{poison.step} of {shard_name(poison.shard)}, on {', '.join(poison.hosts)}" for poison in poisons[:4])
         more = f"; and {len(poisons) - 4} more" if len(poisons) > 4 else ""
         super().__init__(f"{len(poisons)} shard(s) set aside, all others are finished: {TRIES} workers died ({shown}{more})")
         self.poisons = tuple(poisons)

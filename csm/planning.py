@@ -102,6 +102,12 @@ def ratio_grid(config: PlanConfig) -> npt.NDArray[np.float32]:
     return listed
 
 
+def shard_name(shard: int) -> str:
+    """What a shard is called: its number among those of its kind, and the kind if that is not "semantic"."""
+    kind, number = divmod(shard, SHARDS_OF_KIND)
+    return f"shard {number}" + (f" of kind {tables.KINDS[kind]}" if kind else "")
+
+
 def check_kinds(kinds: Sequence[str]) -> None:
     """``InputError`` unless ``kinds`` are different ones of ``tables.KINDS``, at least one."""
     for kind in kinds:

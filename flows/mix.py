@@ -17,7 +17,7 @@ from csm.datasets import RealDataset
 from csm.generators import load_generator
 from csm.generators.conditioning import check_spherical
 from csm.mixing import NOISED, evaluations_per_image, starting_at
-from csm.planning import SEMANTIC, kind_digests, ratio_grid
+from csm.planning import SEMANTIC, kind_digests, ratio_grid, shard_name
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.progress import task
@@ -124,7 +124,7 @@ def trouble(standing: Standing) -> str:
     if standing.slowest is None:
         return ""
     _, shard, host, seconds = standing.slowest
-    return f"slowest: shard {shard} on {host}, {seconds:.0f} s"
+    return f"slowest: {shard_name(shard)} on {host}, {seconds:.0f} s"
 
 
 def remove_other_parts(directory: Path, files: Collection[str], rows: Collection[int]) -> None:

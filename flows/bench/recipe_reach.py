@@ -98,6 +98,8 @@ def _best(rows: Sequence[Row], figure: str, choose: Callable[..., Row] = min) ->
 def _ratio(recipe: Row, other: Row, figure: str, limit: float, target: str) -> Reach:
     ratio = recipe[figure] / other[figure] if other[figure] > 0 else float("inf")
     detail = f"{_percent(recipe, figure)} against {_percent(other, figure)}{_interval(other, figure)}"
+    if figure == "ece" and "ece_chance" in recipe:
+        detail += f"; chance alone gives {_percent(recipe, 'ece_chance')}"
     return Reach(recipe["dataset"], target, ratio, "<=", limit, other["method"], ratio <= limit, detail)
 
 

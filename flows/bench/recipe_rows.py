@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from csm import tables, truth
+from csm.assessment import chance_ece
 from csm.datasets import RealDataset
 from csm.generators import load_truth
 from csm.posthoc import apply_posthoc, fit_posthoc
@@ -42,6 +43,7 @@ def rows(config: Config, workspace: Workspace, dataset: str, plan: RecipePlan, t
       the true posterior, null where nobody knows it. nll_t, brier_t: at the temperature fitted on validation.
     * device_seconds: of training one classifier, or all members of an ensemble; mean over seeds.
     * kind: what the method is to the recipe. ece_t, tv_t, temperature; FIGURE_sd: standard deviation over seeds, null with one.
+    * ece_chance: ECE that as many images would show on average if these confidences were right: below it is luck.
     * settings: what the search chose, the others are those of the configuration; search_trials, search_seconds: its trials, and their
       training.
     * generation_seconds, annotation_seconds: by the clock, of all images and labels in the workspace; 0 for methods that use none.
@@ -71,6 +73,7 @@ def rows(config: Config, workspace: Workspace, dataset: str, plan: RecipePlan, t
                 "kind": plan.methods[name].kind,
                 "ece_t": means["ece_t"],
                 "tv_t": means["tv_t"],
+                "ece_chance": _by_chance(scores[NONE][name], config.evaluate.bins),
                 "temperature": sum(temperatures[name]) / len(temperatures[name]),
                 **spreads,
                 "settings": {**next((trial.values for trial in tried if trial.chosen), {}), **plan.methods[name].change},
@@ -146,6 +149,11 @@ def _figures(workspace: Workspace, config: Config, scores: Mapping[str, Scores])
                 found[name][f"tv{suffix}"] = torch.tensor(values, dtype=torch.float64)
         del found[name]["accuracy_t"]  # a temperature changes no accuracy
     return found
+
+
+def _by_chance(scores: Sequence[tuple[Tensor, Tensor]], n_bins: int) -> float:
+    """ECE of perfectly calibrated classifiers with these confidences, mean over classifiers and draws of their images' labels."""
+    return sum(chance_ece(log_probs.exp().max(dim=1).values, n_bins).mean().item() for log_probs, _ in scores) / len(scores)
 
 
 def _minus(config: Config, scores: Mapping[str, Scores], recipe: str) -> dict[str, dict[str, list[float]]]:

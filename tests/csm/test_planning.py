@@ -11,7 +11,17 @@ from scipy.stats import beta
 from csm import tables
 from csm.errors import InputError
 from csm.pairs import all_pairs, listed_pairs
-from csm.planning import CHUNK_ROWS, PlanConfig, kind_digests, make_plan, plan_digest, planned_images, ratio_grid, write_plan
+from csm.planning import (
+    CHUNK_ROWS,
+    PlanConfig,
+    kind_digests,
+    make_plan,
+    plan_digest,
+    planned_images,
+    ratio_grid,
+    shard_name,
+    write_plan,
+)
 
 SET = ["class_a", "class_b", "group"]
 
@@ -378,3 +388,15 @@ def test_the_digest_of_mixtures_alone_is_that_of_the_first_version() -> None:
 def test_kinds_must_be_known_and_different(kinds: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         plan(4, kinds=kinds)
+
+
+def test_a_shard_is_called_by_its_number_among_those_of_its_kind(tmp_path: Path) -> None:
+    settings = PlanConfig(sets_per_pair=2, shard_rows=16, kinds=("semantic", "noised"))
+    write_plan(tmp_path / "plan.parquet", all_pairs(3), "data", "net", settings)
+    rows = tables.read_plan(tmp_path / "plan.parquet")
+    named = {
+        kind: [shard_name(shard) for shard in rows.filter(kind=kind)["shard"].unique(maintain_order=True)]
+        for kind in settings.kinds
+    }
+    assert named["semantic"][:2] == ["shard 0", "shard 1"]
+    assert named["noised"] == [f"{name} of kind noised" for name in named["semantic"]]

@@ -13,7 +13,7 @@ from flows.bench.recipe_plan import read_plan
 
 FIRST = ["dataset", "method", "seeds", "accuracy", "ece", "nll", "brier", "tv", "nll_t", "brier_t", "device_seconds"]
 MORE = {"kind", "ece_t", "tv_t", "temperature", "settings", "search_trials", "search_seconds", "bayes_accuracy", "recipe_minus"}
-MORE |= {"generation_seconds", "annotation_seconds"}
+MORE |= {"generation_seconds", "annotation_seconds", "ece_chance"}
 SMALL = {  # three classes of 2x2 pixels, trained for one epoch
     "data": {
         "source": "gaussians", "base": "synthetic", "classes": 3, "height": 2, "width": 2, "mean_scale": 1.0,
@@ -98,6 +98,7 @@ def test_a_row_for_each_method(proved):
             assert row[f"{figure}_sd"] == pytest.approx(values.std().item(), abs=1e-9)
         assert (row["generation_seconds"], row["annotation_seconds"]) == (0.0, 0.0)
         assert 0.3 < row["bayes_accuracy"] < 1
+        assert 0 < row["ece_chance"] < 0.2
         if name == "brier":
             assert row["recipe_minus"] is None
             continue

@@ -42,6 +42,8 @@ def test_each_figure_has_its_own_best_baseline():
     ece, third = told["ECE at most the best baseline's"], told["ECE at most a third of cross-entropy's"]
     assert (ece.against, ece.reached) == ("focal", False)
     assert (third.against, third.figure, third.reached) == ("cross-entropy", pytest.approx(0.25), True)
+    told = found([{**ROWS[0], "ece_chance": 0.031}, *ROWS[1:]])
+    assert told["ECE at most a third of cross-entropy's"].detail.endswith("; chance alone gives 3.1")
 
 
 def test_an_ablation_is_beaten_when_its_interval_lies_below_0():
