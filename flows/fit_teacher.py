@@ -8,7 +8,6 @@ from csm import storage
 from csm.datasets import RealDataset
 from csm.methods import Method
 from csm.runs import RunSpec
-from flows.annotators import TeacherConfig
 from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.folders import absolute_folders
@@ -76,7 +75,8 @@ def _check(context: Context) -> None:
             if context.workspace.dataset.is_file():
                 check_models(folders, RealDataset.load_info(context.workspace.root))
         return
-    where = "train" if annotate.teacher == TeacherConfig() else "annotate.teacher"
+    of_train = annotate.teacher.network is None and annotate.teacher.parameters is None
+    where = "train" if of_train else "annotate.teacher"
     check_training(context, teacher_training(train, annotate), where)
 
 

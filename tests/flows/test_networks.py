@@ -94,7 +94,10 @@ def test_a_teacher_of_its_own_settings_stays_while_train_changes() -> None:
 
 def test_a_teacher_that_says_what_train_says_is_the_same_teacher() -> None:
     said = ("annotate.teacher.network=small-cnn", "annotate.teacher.optimizer={epochs: 60}")
-    assert fit_teacher.STAGE.settings(load_config("demo", said)) == fit_teacher.STAGE.settings(load_config("demo"))
+    plain = load_config("gaussians-k4", ["train.optimizer.epochs=60"])
+    assert fit_teacher.STAGE.settings(load_config("gaussians-k4", ["train.optimizer.epochs=60", *said])) == (
+        fit_teacher.STAGE.settings(plain)
+    )
 
 
 def test_parameters_of_the_teachers_network_are_trains_for_the_same_network_only() -> None:
@@ -111,7 +114,10 @@ def test_parameters_of_the_teachers_network_are_trains_for_the_same_network_only
         ("parameters.nope=1", "annotate.teacher.parameters.nope: no such setting; allowed: width"),
         ("parameters.width=much", "annotate.teacher.parameters.width: expected a whole number, got 'much'"),
         ("optimizer.nope=1", "annotate.teacher.optimizer.nope: no such setting; allowed: kind, epochs"),
-        ("optimizer.warmup=60", "annotate.teacher.optimizer.warmup: expected fewer than the 60 epochs of the training, got 60"),
+        (
+            "optimizer.warmup=180",
+            "annotate.teacher.optimizer.warmup: expected fewer than the 180 epochs of the training, got 180",
+        ),
         (
             "optimizer={schedule: multi-step}",
             "annotate.teacher.optimizer.milestones: missing; schedule multi-step needs the epochs",
