@@ -8,7 +8,7 @@ import pytest
 from flows.report_sweep import lay_out
 from flows.reporting import render
 from tests.flows.chromium import Page
-from tests.flows.reporting.test_page import annotator, finished, repeated, with_everything
+from tests.flows.reported import annotator, finished, repeated, with_everything
 from tests.flows.test_report_sweep import FRAME, METRICS, PARAMETERS
 
 pytestmark = pytest.mark.slow
