@@ -31,3 +31,15 @@ def free_port() -> Callable[[], int]:
             return int(taken.getsockname()[1])
 
     return find
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Callable[[str], str]:
+    """``config_file(text)`` writes a configuration of that text and gives its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write

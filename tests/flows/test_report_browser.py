@@ -8,8 +8,8 @@ import pytest
 from flows.report_sweep import lay_out
 from flows.reporting import render
 from tests.flows.chromium import Page
+from tests.flows.reported import annotator, finished, repeated, with_everything
 from tests.flows.test_report_sweep import FRAME, METRICS, PARAMETERS
-from tests.flows.test_reporting import annotator, finished, repeated, with_everything
 
 pytestmark = pytest.mark.slow
 
