@@ -18,7 +18,7 @@ FOLDERS = (
     "stages", "real", "truth", "generator", "mixed", "annotations", "annotators", "runs", "model", "tune", "shift",
 )  # fmt: skip
 
-DEFAULT = "(default)"  # of a setting that only one of two records has
+UNSET = "(not set)"  # of a setting that only one of two records has
 
 
 @dataclass(frozen=True)
@@ -245,10 +245,10 @@ def _remove_temporaries(root: Path) -> None:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Changed settings as "dotted.key old -> new"; a key that only one side has is at its default on the other."""
+    """Changed settings as "dotted.key old -> new"."""
     changed = []
     for key in dict.fromkeys([*before, *after]):
-        old, new = before.get(key, DEFAULT), after.get(key, DEFAULT)
+        old, new = before.get(key, UNSET), after.get(key, UNSET)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             changed += differences(old, new, f"{prefix}{key}.")
         elif old != new:

@@ -17,7 +17,7 @@ from csm.datasets import RealDataset
 from csm.errors import InputError
 from csm.export import CARD, FORMATS, WORK, Card, encode, rows
 from csm.parameters import check_name
-from csm.planning import SEMANTIC
+from csm.planning import SEMANTIC, shard_name
 from csm.reannotation import soft_labels
 from flows.artifacts import Workspace, differences, is_url, open_workspace
 from flows.config import Config, plain
@@ -185,7 +185,7 @@ def _read_shard(workspace: Workspace, card: Card, shard: int) -> pl.DataFrame:
         n_classes = len(card.class_names)
         annotations = tables.read_annotations(part_path(workspace.annotations(card.annotator), shard), n_classes)
         labels = soft_labels(plan, annotations, n_classes, card.calibration)
-    return rows(plan, mixed, labels, card.class_names, f"shard {shard}")
+    return rows(plan, mixed, labels, card.class_names, shard_name(shard))
 
 
 if __name__ == "__main__":

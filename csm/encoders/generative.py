@@ -184,7 +184,7 @@ def load_shortlist_posterior(
     Args:
         least: probability from which on a class is open, in (0, 1). With the demo's UNet on ``digits-hard``, where 10 classes can be
             asked, the default takes 0.42 times as long, and the validation NLL of the pool with the teacher stays what it is (0.396 for
-            0.397; docs/research.md).
+            0.397; docs/reannotation.md).
 
     The other arguments are those of ``load_generator_posterior``.
 

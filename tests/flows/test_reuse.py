@@ -330,7 +330,7 @@ def test_many_changes_are_cut_short(made):
     context.workspace.write_record(record)
     assert (
         stale(context, "table")
-        == "was run with other settings (0 0 -> (default); 1 0 -> (default); 2 0 -> (default); 3 0 -> (default); and 3 more)"
+        == "was run with other settings (0 0 -> (not set); 1 0 -> (not set); 2 0 -> (not set); 3 0 -> (not set); and 3 more)"
     )
 
 

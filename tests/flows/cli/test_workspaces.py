@@ -43,7 +43,7 @@ def test_ui_without_a_store(refused, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--set", "data.val=0.25"), "prepare was made by another configuration there (data.val (default) -> 0.25)"),
+        (("--set", "data.val=0.25"), "prepare was made by another configuration there (data.val (not set) -> 0.25)"),
         (("--set", "generator.steps=4"), "generator was made by another configuration there (generator.steps 3 -> 4)"),
         (("--set", "plan.sets_per_pair=5"), "mix was made by another configuration there (plan.sets_per_pair 4 -> 5)"),
         (("--set", "mix.sampler.steps=3"), "mix was made by another configuration there (mix.sampler.steps 2 -> 3)"),
