@@ -21,8 +21,9 @@ class MixedTerm:
         weight: of the term, at its highest.
         schedule: which mixed images, name in ``csm.schedules.SCHEDULES``.
         per_real: mixed images for each real one.
-        images: their kind, see ``csm.tables.KINDS``: "semantic" mixtures, or what these are compared with.
-        sets: of each pair only its first so many sets are drawn from, as if the plan had no more; None: all of them.
+        images: their kind, see ``csm.tables.KINDS``: "semantic" mixtures, or what these are compared with; or several kinds, which are
+            drawn from together.
+        sets: of each kind and pair only its first so many sets are drawn from, as if the plan had no more; None: all of them.
         temperature: the soft labels q become q^(1/T), normalised: above 1 they soften, below 1 they sharpen.
         ramp: share of the weight over training: up and down are from 0 to 1 and back, ``cyclic`` a raised cosine that starts at 0.
         ramp_epochs: length of a ramp, after which its last value stays, or of a cycle; None: the whole training.
@@ -35,7 +36,7 @@ class MixedTerm:
     weight: float = Field(default=1.0, ge=0)
     schedule: str = "pair"
     per_real: int = Field(default=2, ge=1)
-    images: str = "semantic"
+    images: str | tuple[str, ...] = "semantic"
     sets: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     ramp: Ramp = "constant"
@@ -44,9 +45,14 @@ class MixedTerm:
     warm_start: int = Field(default=0, ge=0)
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of ``images``, in their order."""
+        return (self.images,) if isinstance(self.images, str) else self.images
+
+    @property
     def is_semantic(self) -> bool:
         """Whether it is of images between classes that a generator made: the product's own idea, not what that is compared with."""
-        return self.images == "semantic" and self.schedule != "endpoints"
+        return "semantic" in self.kinds and self.schedule != "endpoints"
 
     def weight_at(self, epoch: float, epochs: int) -> float:
         """The weight at ``epoch`` of ``epochs``, which counts from 0 and has a fraction between two epochs."""
@@ -94,7 +100,7 @@ def identity(method: Method) -> dict[str, Any]:
     """
     later = {"members": 1, "optimizer": {}}
     values = {**asdict(method), "description": ""}
-    if method.mixed and method.mixed.images == "semantic":
+    if method.mixed and method.mixed.kinds == ("semantic",):
         del values["mixed"]["images"]
     return {name: value for name, value in values.items() if name not in later or value != later[name]}
 

@@ -28,13 +28,13 @@ STATE_SECONDS = 10.0  # between two saves of an unfinished training
 
 @dataclass(frozen=True)
 class MixedSource:
-    """Where the mixed images and their annotations lie, and of which kind they should be."""
+    """Where the mixed images and their annotations lie, and of which kinds they should be."""
 
     plan: Location
     mixed: Location
     annotations: Location
     calibration: Location
-    kind: str = SEMANTIC
+    kinds: tuple[str, ...] = (SEMANTIC,)
 
 
 @dataclass(frozen=True)
@@ -245,10 +245,14 @@ def _dataset(directory: Path, splits: tuple[str, ...], stamp: Stamp) -> RealData
 
 @lru_cache(maxsize=2)
 def _mixed_set(source: MixedSource, shape: tuple[int, int, int], n_classes: int, stamp: Stamp) -> MixedSet:
-    """Read once for all runs of a process that share a source; of its folders only the part files of its kind."""
-    plan = tables.read_plan(source.plan, source.kind)
+    """Read once for all runs of a process that share a source; of its folders only the part files of its kinds."""
+    return MixedSet.concat([_of_kind(source, kind, shape, n_classes) for kind in source.kinds])
+
+
+def _of_kind(source: MixedSource, kind: str, shape: tuple[int, int, int], n_classes: int) -> MixedSet:
+    plan = tables.read_plan(source.plan, kind)
     if plan.is_empty():
-        raise InputError(f"{source.plan} plans no {source.kind} images: run csm plan again")
+        raise InputError(f"{source.plan} plans no {kind} images: run csm plan again")
     shards = frozenset(plan["shard"].to_list())
     mixed = _read_parts(source.mixed, lambda part: tables.read(part, tables.MIXED), shards)
     annotations = _read_parts(source.annotations, lambda part: tables.read_annotations(part, n_classes), shards)

@@ -1,6 +1,6 @@
 """Mixing schedules: which mixed images accompany a batch of real ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from csm.sparse_labels import SparseLabels
 
 @dataclass(frozen=True)
 class MixedSet:
-    """Images of one kind with their soft labels, ordered so that a set is a row.
+    """Images of one or several kinds with their soft labels, ordered so that a set is a row.
 
     Attributes:
         images: uint8 (M, C, H, W).
@@ -22,6 +22,7 @@ class MixedSet:
         rows: int64 (S, R): index into ``images`` of set s at its r-th ratio.
         class_a, class_b: int64 (S,), the pair of each set; real images are sets of one, of the same class twice.
         ratios: float32 (R,), rising shares of class_a, with or without the ends 0 (class_b) and 1 (class_a).
+        kind: int64 (S,), which of several kinds each set is of; None: all are of one.
     """
 
     images: torch.Tensor
@@ -30,6 +31,7 @@ class MixedSet:
     class_a: torch.Tensor
     class_b: torch.Tensor
     ratios: torch.Tensor
+    kind: torch.Tensor | None = None
 
     @classmethod
     def join(
@@ -69,15 +71,43 @@ class MixedSet:
             ratios=torch.from_numpy(table["lam"].head(steps).to_numpy().copy()),
         )
 
+    @classmethod
+    def concat(cls, parts: Sequence["MixedSet"]) -> "MixedSet":
+        """The sets of ``parts``, each of a kind of its own, one after the other.
+
+        Raises:
+            InputError: they have different ratios, as real images and mixtures have.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        if any(not torch.equal(part.ratios, parts[0].ratios) for part in parts):
+            raise InputError("mixed.images: kinds of different ratios cannot be drawn from together; real images stand alone")
+        sizes = torch.tensor([len(part.images) for part in parts])
+        before = (sizes.cumsum(dim=0) - sizes).tolist()
+        labels = [part.labels for part in parts]
+        sparse = [each for each in labels if isinstance(each, SparseLabels)]
+        return cls(
+            images=torch.cat([part.images for part in parts]),
+            labels=SparseLabels.concat(sparse)
+            if sparse
+            else torch.cat([each for each in labels if isinstance(each, torch.Tensor)]),
+            rows=torch.cat([part.rows + offset for part, offset in zip(parts, before, strict=True)]),
+            class_a=torch.cat([part.class_a for part in parts]),
+            class_b=torch.cat([part.class_b for part in parts]),
+            ratios=parts[0].ratios,
+            kind=torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part.rows) for part in parts])),
+        )
+
     def first(self, sets: int | None) -> "MixedSet":
-        """The first ``sets`` sets of each pair, as a plan of no more would give them; None: all.
+        """The first ``sets`` sets of each kind and pair, as a plan of no more would give them; None: all.
 
         Raises:
             InputError: a pair has fewer.
         """
         if sets is None:
             return self
-        pairs = torch.stack([self.class_a, self.class_b], dim=1)  # (S, 2)
+        kind = torch.zeros_like(self.class_a) if self.kind is None else self.kind
+        pairs = torch.stack([kind, self.class_a, self.class_b], dim=1)  # (S, 3)
         _, pair, sizes = pairs.unique(dim=0, return_inverse=True, return_counts=True)
         if sizes.min() < sets:
             raise InputError(
@@ -97,6 +127,7 @@ class MixedSet:
             class_a=self.class_a[kept],
             class_b=self.class_b[kept],
             ratios=self.ratios,
+            kind=kind[kept],
         )
 
 

@@ -1,5 +1,6 @@
 """Soft labels over many classes in little memory: of each its most probable classes, and one number for all the others."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +28,12 @@ class SparseLabels:
 
     def __getitem__(self, rows: Tensor) -> "SparseLabels":
         return replace(self, classes=self.classes[rows], probs=self.probs[rows], rest=self.rest[rows])
+
+    @classmethod
+    def concat(cls, parts: Sequence["SparseLabels"]) -> "SparseLabels":
+        """One after the other; all of as many numbers."""
+        classes, probs, rest = (torch.cat([getattr(part, name) for part in parts]) for name in ("classes", "probs", "rest"))
+        return cls(classes, probs, rest, parts[0].n_classes)
 
     @property
     def device(self) -> torch.device:

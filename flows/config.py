@@ -239,9 +239,9 @@ def check_sets(train: TrainConfig, plan: PlanConfig) -> None:
 
 def _check_images(train: TrainConfig, plan: PlanConfig) -> None:
     """The images that chosen methods train on must be planned."""
-    asked = {name: method.mixed.images for name, method in train.chosen.items() if method.mixed}
-    needed = ", ".join(kind for kind in KINDS if kind in (*plan.kinds, *asked.values()))
-    for name, kind in asked.items():
+    asked = [(name, kind) for name, method in train.chosen.items() if method.mixed for kind in method.mixed.kinds]
+    needed = ", ".join(kind for kind in KINDS if kind in (*plan.kinds, *dict(asked).values()))
+    for name, kind in asked:
         if kind not in plan.kinds:
             raise InputError(f"train.methods.{name}.mixed.images: {kind} images are not planned: --set 'plan.kinds=[{needed}]'")
 

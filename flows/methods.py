@@ -9,10 +9,11 @@ from pydantic.dataclasses import dataclass
 from csm.classifiers import NETWORKS
 from csm.errors import InputError
 from csm.losses import HARD, SOFT, build_loss
-from csm.methods import Method
+from csm.methods import Method, MixedTerm
 from csm.optimization import OptimizerConfig
 from csm.parameters import check_name, check_parameters
 from csm.pixel_mixing import build_pixel_mixing
+from csm.planning import REAL
 from csm.schedules import OF_PAIRS, SCHEDULES, WITHOUT_PAIRS
 from csm.tables import KINDS
 from flows.annotators import AnnotateConfig, TeacherConfig, check_asked, check_folder_name
@@ -149,13 +150,23 @@ def _check_method(train: TrainConfig, name: str, method: Method, annotate: Annot
     if method.mixing:
         build_pixel_mixing(method.mixing.kind, method.mixing.parameters, f"{where}.mixing")
     if method.mixed:
-        check_name(f"{where}.mixed.loss", method.mixed.loss, SOFT)
-        check_name(f"{where}.mixed.images", method.mixed.images, KINDS)
-        check_name(f"{where}.mixed.schedule", method.mixed.schedule, SCHEDULES)
-        if method.mixed.images in WITHOUT_PAIRS and method.mixed.schedule in OF_PAIRS:
-            raise InputError(
-                f"{where}.mixed.schedule: {method.mixed.images} images are no mixtures of pairs: take "
-                f"{' or '.join(name for name in SCHEDULES if name not in OF_PAIRS)}, not {method.mixed.schedule}"
-            )
+        _check_mixed(method.mixed, f"{where}.mixed")
         if name in train.chosen and method.mixed.annotator is not None:
             check_asked(annotate, f"{where}.mixed.annotator", method.mixed.annotator)
+
+
+def _check_mixed(term: MixedTerm, where: str) -> None:
+    check_name(f"{where}.loss", term.loss, SOFT)
+    check_name(f"{where}.schedule", term.schedule, SCHEDULES)
+    for kind in term.kinds:
+        check_name(f"{where}.images", kind, KINDS)
+    if not term.kinds or len(set(term.kinds)) < len(term.kinds):
+        raise InputError(f"{where}.images: expected different kinds of images, at least one, got {list(term.kinds)}")
+    if REAL in term.kinds and len(term.kinds) > 1:
+        raise InputError(f"{where}.images: real images have no ratios, so no other kind can be drawn with them; leave real out")
+    alone = next((kind for kind in term.kinds if kind in WITHOUT_PAIRS), None)
+    if alone and term.schedule in OF_PAIRS:
+        raise InputError(
+            f"{where}.schedule: {alone} images are no mixtures of pairs: take "
+            f"{' or '.join(name for name in SCHEDULES if name not in OF_PAIRS)}, not {term.schedule}"
+        )

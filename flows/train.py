@@ -39,13 +39,13 @@ def run_specs(context: Context, seeds: Iterable[int] | None = None) -> list[RunS
             if method.mixed:
                 annotator = resolve(workspace, config.annotator_of(method))
                 method = replace(method, mixed=replace(method.mixed, annotator=annotator))
-                labels = labelled(annotator, method.mixed.images)
+                labels = "".join(labelled(annotator, kind) for kind in method.mixed.kinds)
                 source = MixedSource(
                     plan=workspace.plan.absolute(),
                     mixed=workspace.mixed.absolute(),
                     annotations=workspace.annotations(annotator).absolute(),
                     calibration=(workspace.annotator(annotator) / "calibration.json").absolute(),
-                    kind=method.mixed.images,
+                    kinds=method.mixed.kinds,
                 )
             optimizer = train.optimizer_of(method)
             settings = identity(replace(method, members=1, optimizer={}))  # of one classifier; `optimizer` has its own

@@ -174,9 +174,10 @@ def training_inputs(spec: RunSpec) -> list[dict[str, Any]]:
     info = RealDataset.load_info(spec.data)
     inputs = [real_input(info, spec.data)]
     if spec.mixed and spec.settings.mixed:
-        shards = plan_shards(spec.mixed.plan, spec.mixed.kind)
-        footer = tables.metadata(part_path(spec.mixed.annotations, min(shards))) or {}
-        digest = storage.digest(footer.get(KEY), storage.file_digest(spec.mixed.calibration))
-        annotator = spec.settings.mixed.annotator or ""
-        inputs.append(mixed_input(info, spec.mixed.kind, annotator, digest, sum(shards.values()), spec.mixed.mixed))
+        annotator, calibration = spec.settings.mixed.annotator or "", storage.file_digest(spec.mixed.calibration)
+        for kind in spec.mixed.kinds:
+            shards = plan_shards(spec.mixed.plan, kind)
+            footer = tables.metadata(part_path(spec.mixed.annotations, min(shards))) or {}
+            digest = storage.digest(footer.get(KEY), calibration)
+            inputs.append(mixed_input(info, kind, annotator, digest, sum(shards.values()), spec.mixed.mixed))
     return inputs

@@ -64,7 +64,7 @@ def configure(config: str, overrides: Sequence[str] = (), methods: str | None = 
     known = base.train.methods
     names = [name.strip() for name in methods.split(",")]
     if methods in GROUPS:
-        planned = [name for name, method in known.items() if not method.mixed or method.mixed.images in base.plan.kinds]
+        planned = [name for name, method in known.items() if not method.mixed or {*method.mixed.kinds} <= {*base.plan.kinds}]
         names = [name for name in planned if GROUPS[methods](name, known[name])]
     for name in names:
         check_name("--methods", name, {**known, **GROUPS} if len(names) == 1 else known)

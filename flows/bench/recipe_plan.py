@@ -187,7 +187,10 @@ def base_settings(plan: RecipePlan, config: Config, name: str, chosen: Mapping[s
 
 def image_kinds(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Kinds of images that a plan must have for ``methods``, name -> settings; semantic mixtures in any case."""
-    needed = {"semantic", *(method["mixed"]["images"] for method in methods.values() if method.get("mixed"))}
+    needed = {"semantic"}
+    for method in methods.values():
+        images = method["mixed"]["images"] if method.get("mixed") else ()
+        needed |= {images} if isinstance(images, str) else {*images}
     return [kind for kind in KINDS if kind in needed]
 
 

@@ -65,6 +65,8 @@ def test_what_makes_no_sense_is_refused(settings: dict[str, object]) -> None:
         ({"schedule": "endpoints"}, False),
         ({"images": "unmixed", "schedule": "uniform"}, False),
         ({"images": "pixel", "schedule": "interior"}, False),
+        ({"images": ("unmixed", "semantic"), "schedule": "uniform"}, True),
+        ({"images": ("unmixed", "noised"), "schedule": "uniform"}, False),
     ],
 )
 def test_semantic_mixing_is_of_images_between_classes_from_a_generator(settings: dict[str, str], ours: bool) -> None:

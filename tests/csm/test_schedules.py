@@ -10,6 +10,7 @@ from csm import tables
 from csm.errors import InputError
 from csm.planning import PlanConfig, make_plan
 from csm.schedules import SCHEDULES, MixedSet, Schedule, soften
+from csm.sparse_labels import SparseLabels, rows_of
 
 SHAPE = (1, 4, 1)
 CLASSES = 4
@@ -331,3 +332,36 @@ def test_a_kind_alone_is_joined_and_drawn_from(kind: str) -> None:
     assert set(rows.tolist()) == set(range(len(numbers)))
     with pytest.raises(ValueError, match="plan: expected rows of one kind"):
         MixedSet.join(plan, *frames, SHAPE)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_several_kinds_are_drawn_from_together_each_image_with_its_own_label(sparse: bool) -> None:
+    parts = [mixed_set(sets=3), replace(mixed_set(sets=2), images=255 - mixed_set(sets=2).images)]
+    if sparse:
+        classes = torch.arange(2, dtype=torch.int32)
+        parts = [
+            replace(
+                part, labels=SparseLabels(classes.expand(len(part.images), 2), part.labels[:, :2], part.labels[:, 2], CLASSES)
+            )
+            for part in parts
+        ]
+    mixed = MixedSet.concat(parts)
+    assert mixed.rows.shape == (30, 4)
+    assert torch.equal(mixed.ratios, parts[0].ratios)
+    both = zip(range(30), [(part, number) for part in parts for number in range(len(part.rows))], strict=True)
+    for row, (part, number) in both:
+        for mine, own in zip(mixed.rows[row].tolist(), part.rows[number].tolist(), strict=True):
+            assert torch.equal(mixed.images[mine], part.images[own])
+            assert torch.equal(rows_of(mixed.labels, torch.tensor([mine])), rows_of(part.labels, torch.tensor([own])))
+        assert (mixed.class_a[row], mixed.class_b[row]) == (part.class_a[number], part.class_b[number])
+    drawn = Schedule("interior", 1, mixed, CLASSES).draw(torch.zeros(4000, dtype=torch.int64), draw())
+    assert set(drawn.tolist()) == set(mixed.rows[:, 1:3].flatten().tolist())
+    assert torch.equal(mixed.first(1).images, torch.cat([part.first(1).images for part in parts]))
+    with pytest.raises(InputError, match="only 2 sets"):
+        mixed.first(3)
+    assert MixedSet.concat(parts[:1]) is parts[0]
+
+
+def test_kinds_of_different_ratios_are_not_drawn_from_together() -> None:
+    with pytest.raises(InputError, match="kinds of different ratios cannot be drawn from together"):
+        MixedSet.concat([mixed_set(), mixed_set(ratios=3)])

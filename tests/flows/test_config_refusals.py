@@ -243,6 +243,26 @@ def test_schedules_that_cannot_be_are_refused(overrides, said):
             "train.methods.csm-unmixed.mixed.schedule: unmixed images are no mixtures of pairs: take uniform or ambiguity",
         ),
         (
+            ["train.methods.csm.mixed.images=[semantic, unmixed]"],
+            "train.methods.csm.mixed.schedule: unmixed images are no mixtures of pairs: take uniform or ambiguity, not interior",
+        ),
+        (
+            ["train.compare=[csm]", "train.methods.csm.mixed.images=[semantic, noised]"],
+            "train.methods.csm.mixed.images: noised images are not planned: --set 'plan.kinds=[semantic, noised]'",
+        ),
+        (
+            ["train.methods.csm.mixed.images=[semantic, semantic]"],
+            "train.methods.csm.mixed.images: expected different kinds of images, at least one, got ['semantic', 'semantic']",
+        ),
+        (
+            ["train.methods.csm.mixed.images=[]"],
+            "train.methods.csm.mixed.images: expected different kinds of images, at least one",
+        ),
+        (
+            ["train.methods.csm.mixed={images: [semantic, real], schedule: uniform}"],
+            "train.methods.csm.mixed.images: real images have no ratios, so no other kind can be drawn with them; leave real out",
+        ),
+        (
             ["plan.kinds=[semantic, noised]", "mix.strength=90"],
             "mix.strength: expected more than sigma_min 0.02 and no more than sigma_max 80 of mix.sampler, got 90",
         ),

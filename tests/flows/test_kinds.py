@@ -64,9 +64,10 @@ def test_kinds_are_added_to_a_workspace_and_nothing_else_is(finished, tmp_path) 
 def test_every_kind_goes_from_the_plan_to_the_report_and_on_after_a_loss(finished, csm, write_config, snapshot, tmp_path) -> None:
     root = Path(shutil.copytree(finished.root, tmp_path / "workspace"))
     methods = {name: {"mixed": {"annotator": "teacher"}} for name in ("csm", *ABLATIONS) if name != "one-hot-synthetic"}
+    methods["several"] = {"mixed": {"annotator": "teacher", "images": ["semantic", "unmixed", "noised"], "schedule": "uniform"}}
     config = write_config(
         plan={"kinds": list(tables.KINDS)},
-        train={"compare": ["cross-entropy", "csm", *ABLATIONS], "methods": methods},
+        train={"compare": ["cross-entropy", "csm", *ABLATIONS, "several"], "methods": methods},
     )
     command = ["run", "--config", config, "--workspace", root, "--json"]
     images, runs = (snapshot(finished.root / name) for name in ("mixed", "runs/csm-seed0"))
@@ -87,4 +88,4 @@ def test_every_kind_goes_from_the_plan_to_the_report_and_on_after_a_loss(finishe
     assert "train: reused" in done.stderr
     assert {path.name: storage.file_digest(path) for path in workspace.mixed.iterdir()} == digests
     page = workspace.report.read_text()
-    assert page.count('class="own-tag">CSM</span><small>') == 1
+    assert page.count('class="own-tag">CSM</span><small>') == 2  # csm and several

@@ -110,6 +110,7 @@ def test_what_was_trained_before_there_were_members_is_known_again() -> None:
     known = {name: value for name, value in asdict(method).items() if name not in ("members", "optimizer")}
     del known["mixed"]["images"]
     assert identity(method) == {**known, "description": ""}
+    assert identity(replace(method, mixed=MixedTerm("teacher", images=("semantic",)))) == identity(method)
     assert identity(replace(method, members=2, optimizer={"epochs": 3})) == {
         **known, "description": "", "members": 2, "optimizer": {"epochs": 3},
     }  # fmt: skip

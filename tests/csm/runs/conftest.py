@@ -29,15 +29,16 @@ def write_real(root: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
     build("tiny", images.permute(0, 2, 3, 1).numpy(), labels.numpy(), splits, ("a", "b", "c")).save(root)
 
 
-def write_mixed(root: Path, images: torch.Tensor, labels: torch.Tensor) -> None:
-    """Blends and annotations in two part files, as the stages leave them."""
-    plan = make_plan(3, "data", "net", PlanConfig(ratios=3, sets_per_pair=2, shard_rows=9))
+def write_mixed(root: Path, images: torch.Tensor, labels: torch.Tensor, kinds: tuple[str, ...] = ("semantic",)) -> None:
+    """Blends and annotations in two part files of each kind, as the stages leave them."""
+    plan = make_plan(3, "data", "net", PlanConfig(ratios=3, sets_per_pair=2, shard_rows=9, kinds=kinds))
     tables.write(plan, root / "plan.parquet", tables.PLAN)
     for (shard,), rows in plan.group_by("shard"):
         pictures, posterior = [], []
         for row in rows.rows(named=True):
             a, b = (images[labels == row[name]][row["group"]].float() for name in ("class_a", "class_b"))
-            pictures.append((row["lam"] * a + (1 - row["lam"]) * b).to(torch.uint8))
+            blend = (row["lam"] * a + (1 - row["lam"]) * b).to(torch.uint8)
+            pictures.append(blend if row["kind"] == "semantic" else 255 - blend)  # kinds can be told apart
             probs = [0.02] * 3
             probs[row["class_a"]] += 0.94 * row["lam"]
             probs[row["class_b"]] += 0.94 * (1 - row["lam"])

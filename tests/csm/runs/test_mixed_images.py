@@ -13,10 +13,13 @@ import torch
 from csm import storage, tables
 from csm.classifiers import load_classifier
 from csm.errors import InputError
+from csm.methods import Method, MixedTerm
 from csm.planning import PlanConfig, make_plan
 from csm.reannotation.truncation import truncate
 from csm.runs import fit_run, is_finished
 from tests.csm.runs.conftest import CSM, contents, spec_of, write_mixed, write_real
+
+MIXED = MixedTerm("teacher", schedule="uniform")
 
 
 def test_mixed_images_are_joined_by_id_over_all_part_files(workspace: Path) -> None:
@@ -106,8 +109,22 @@ def test_a_training_reads_the_part_files_of_its_kind_alone(workspace: Path) -> N
             (workspace / folder / f"part-{shard:08d}.parquet").write_bytes(b"damaged")
     spec = spec_of(workspace, "csm", CSM)
     assert spec.mixed is not None
-    fit_run(replace(spec, mixed=replace(spec.mixed, kind="pixel")))
+    fit_run(replace(spec, mixed=replace(spec.mixed, kinds=("pixel",))))
     with pytest.raises(InputError, match=r"part-00000000.parquet is not a whole parquet file"):
         fit_run(replace(spec, fingerprint="f1"))
     with pytest.raises(InputError, match=r"plan.parquet plans no real images: run csm plan again"):
-        fit_run(replace(spec, fingerprint="f2", mixed=replace(spec.mixed, kind="real")))
+        fit_run(replace(spec, fingerprint="f2", mixed=replace(spec.mixed, kinds=("real",))))
+
+
+def test_a_run_on_several_kinds_sees_the_images_of_each(workspace: Path, separable: Callable[..., Any]) -> None:
+    write_mixed(workspace, *separable(4, seed=1), kinds=("semantic", "noised"))
+    ends = {}
+    for kinds in (("semantic",), ("semantic", "noised"), ("noised", "semantic")):
+        spec = spec_of(workspace, "-".join(kinds), Method(mixed=replace(MIXED, images=kinds)))
+        assert spec.mixed is not None
+        fit_run(replace(spec, mixed=replace(spec.mixed, kinds=kinds)))
+        ends[kinds] = contents(spec)["weights"]
+    assert len(set(ends.values())) == 3
+    missing = replace(spec_of(workspace, "missing", CSM), mixed=replace(spec.mixed, kinds=("semantic", "pixel")))
+    with pytest.raises(InputError, match="plans no pixel images: run csm plan again"):
+        fit_run(missing)

@@ -121,4 +121,6 @@ def test_kinds_of_images_that_methods_need():
     terms = [MixedTerm(images="pixel"), MixedTerm(), MixedTerm(images="unmixed", schedule="uniform")]
     made = {str(number): settings(Method(mixed=term), {}, "", 1) for number, term in enumerate(terms)}
     assert image_kinds(made) == ["semantic", "unmixed", "pixel"]
+    several = MixedTerm(images=("noised", "semantic"))
+    assert image_kinds({"several": settings(Method(mixed=several), {}, "", 1)}) == ["semantic", "noised"]
     assert image_kinds({"plain": settings(Method(), {}, "", 1)}) == ["semantic"]
