@@ -123,4 +123,6 @@ def test_kinds_of_images_that_methods_need():
     assert image_kinds(made) == ["semantic", "unmixed", "pixel"]
     several = MixedTerm(images=("noised", "semantic"))
     assert image_kinds({"several": settings(Method(mixed=several), {}, "", 1)}) == ["semantic", "noised"]
+    searched = [{"mixed.images": ["pixel", ["real", "semantic"]]}, {"mixed.images": None}, {}]
+    assert image_kinds({}, searched) == ["semantic", "pixel", "real"]
     assert image_kinds({"plain": settings(Method(), {}, "", 1)}) == ["semantic"]
