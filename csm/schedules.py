@@ -1,5 +1,6 @@
 """Mixing schedules: which mixed images accompany a batch of real ones."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,8 @@ class MixedSet:
         labels: soft labels float32 (M, K), or what stands for them.
         rows: int64 (S, R): index into ``images`` of set s at its r-th ratio.
         class_a, class_b: int64 (S,), the pair of each set; real images are sets of one, of the same class twice.
-        ratios: float32 (R,), rising shares of class_a, with or without the ends 0 (class_b) and 1 (class_a).
+        ratios: float32 (R,), rising shares of class_a, with or without the ends 0 (class_b) and 1 (class_a); NaN where not all sets have
+            the same, as beside images of one class each.
         kind: int64 (S,), which of several kinds each set is of; None: all are of one.
     """
 
@@ -73,15 +75,16 @@ class MixedSet:
 
     @classmethod
     def concat(cls, parts: Sequence["MixedSet"]) -> "MixedSet":
-        """The sets of ``parts``, each of a kind of its own, one after the other.
+        """The sets of ``parts``, each of a kind of its own, one after the other. Where they have different ratios these are NaN.
 
         Raises:
-            InputError: they have different ratios, as real images and mixtures have.
+            InputError: their sets have different numbers of images, as those of real images and of mixtures.
         """
         if len(parts) == 1:
             return parts[0]
-        if any(not torch.equal(part.ratios, parts[0].ratios) for part in parts):
-            raise InputError("mixed.images: kinds of different ratios cannot be drawn from together; real images stand alone")
+        if len({len(part.ratios) for part in parts}) > 1:
+            raise InputError("mixed.images: sets of different numbers of images cannot be drawn from together")
+        alike = all(torch.equal(part.ratios, parts[0].ratios) for part in parts)
         sizes = torch.tensor([len(part.images) for part in parts])
         before = (sizes.cumsum(dim=0) - sizes).tolist()
         labels = [part.labels for part in parts]
@@ -94,7 +97,7 @@ class MixedSet:
             rows=torch.cat([part.rows + offset for part, offset in zip(parts, before, strict=True)]),
             class_a=torch.cat([part.class_a for part in parts]),
             class_b=torch.cat([part.class_b for part in parts]),
-            ratios=parts[0].ratios,
+            ratios=parts[0].ratios if alike else torch.full_like(parts[0].ratios, math.nan),
             kind=torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part.rows) for part in parts])),
         )
 
@@ -141,6 +144,8 @@ class Schedule:
     def __init__(self, rule: str, per_real: int, mixed: MixedSet, n_classes: int) -> None:
         if rule not in SCHEDULES:
             raise InputError(f"schedule: unknown {rule!r}; one of {', '.join(SCHEDULES)}")
+        if rule in OF_PAIRS and mixed.ratios.isnan().any():
+            raise InputError(f"schedule {rule!r} needs images that have all the same ratios: take 'uniform' or 'ambiguity'")
         self._rule = SCHEDULES[rule]
         self._per_real = per_real
         self._mixed = mixed

@@ -119,7 +119,7 @@ def _original(plan: pl.DataFrame, generator: Generator, folder: Path) -> None:
         condition = mix_embeddings(*(generator.embed(label) for label in labels), lam)
         noise = initial_noise(rows["seed"].to_list(), generator.noise_shape).to(generator.device)
         images = solve(lambda x, sigma, c=condition: generator.denoise(x, sigma, c), noise, TARGET)  # type: ignore[misc]
-        for mix_id, pixels in zip(rows["mix_id"], to_uint8(images).permute(0, 2, 3, 1).numpy(), strict=True):
+        for mix_id, pixels in zip(rows["mix_id"], to_uint8(images).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
             Image.fromarray(pixels).save(folder / f"{mix_id}.png")
 
 

@@ -362,6 +362,17 @@ def test_several_kinds_are_drawn_from_together_each_image_with_its_own_label(spa
     assert MixedSet.concat(parts[:1]) is parts[0]
 
 
-def test_kinds_of_different_ratios_are_not_drawn_from_together() -> None:
-    with pytest.raises(InputError, match="kinds of different ratios cannot be drawn from together"):
+def test_kinds_of_different_ratios_are_drawn_from_together_by_rules_that_ask_for_none() -> None:
+    parts = [
+        mixed_set(),
+        replace(mixed_set(), ratios=torch.tensor([0.0, 0.0, 1.0, 1.0])),
+    ]  # the second as images of one class each
+    mixed = MixedSet.concat(parts)
+    assert mixed.ratios.isnan().all()
+    drawn = Schedule("uniform", 1, mixed, CLASSES).draw(torch.zeros(4000, dtype=torch.int64), draw())
+    assert set(drawn.tolist()) == set(range(len(mixed.images)))
+    for rule in ("pair", "interior", "endpoints"):
+        with pytest.raises(InputError, match=f"schedule '{rule}' needs images that have all the same ratios"):
+            Schedule(rule, 1, mixed, CLASSES)
+    with pytest.raises(InputError, match="sets of different numbers of images cannot be drawn from together"):
         MixedSet.concat([mixed_set(), mixed_set(ratios=3)])

@@ -117,14 +117,14 @@ def test_a_training_reads_the_part_files_of_its_kind_alone(workspace: Path) -> N
 
 
 def test_a_run_on_several_kinds_sees_the_images_of_each(workspace: Path, separable: Callable[..., Any]) -> None:
-    write_mixed(workspace, *separable(4, seed=1), kinds=("semantic", "noised"))
+    write_mixed(workspace, *separable(4, seed=1), kinds=("semantic", "unmixed", "noised"))
     ends = {}
-    for kinds in (("semantic",), ("semantic", "noised"), ("noised", "semantic")):
+    for kinds in (("semantic",), ("semantic", "noised"), ("noised", "semantic"), ("semantic", "unmixed")):
         spec = spec_of(workspace, "-".join(kinds), Method(mixed=replace(MIXED, images=kinds)))
         assert spec.mixed is not None
         fit_run(replace(spec, mixed=replace(spec.mixed, kinds=kinds)))
         ends[kinds] = contents(spec)["weights"]
-    assert len(set(ends.values())) == 3
+    assert len(set(ends.values())) == 4
     missing = replace(spec_of(workspace, "missing", CSM), mixed=replace(spec.mixed, kinds=("semantic", "pixel")))
     with pytest.raises(InputError, match="plans no pixel images: run csm plan again"):
         fit_run(missing)
