@@ -216,7 +216,7 @@ def make_receipt(part: str, shard: int, rows: int, written: Written, key: str, s
 
 
 def _through(data: Any, step: Step, most: int, watch: Watch) -> Any:
-    """Send ``data`` through the pool of ``step``, a block a call.
+    """Send ``data`` through the pool of ``step``, a shard a call (for pools with GPUs Ray Data wants to be told how many).
 
     Whatever ``min_actors`` is, the pool may shrink to one when others wait for its place: a pool that may not would hold, with nothing to
     do, what is left of a cluster after a node is lost.
@@ -232,7 +232,7 @@ def _through(data: Any, step: Step, most: int, watch: Watch) -> Any:
     return data.map_batches(
         step.actor,
         fn_constructor_kwargs={**step.arguments, "threads": max(1, round(step.pool.cpus)), "watch": watch},
-        batch_size=None,
+        batch_size=1,
         batch_format="pyarrow",
         compute=strategy,
         num_cpus=step.pool.cpus,

@@ -47,11 +47,11 @@ def cluster():
 
 @pytest.fixture
 def add(cluster):
-    """``add()``: a new node of one CPU, which is there until the test ends or loses it."""
+    """``add()``: a new node of one CPU, perhaps with GPUs that are not there; it stays until the test ends or loses it."""
     added = []
 
-    def one():
-        added.append(cluster.add_node(num_cpus=1, **STORE))
+    def one(gpus=0):
+        added.append(cluster.add_node(num_cpus=1, num_gpus=gpus, **STORE))
         cluster.wait_for_nodes()
         return added[-1]
 
@@ -79,6 +79,24 @@ def test_attempts_are_known_on_the_node_of_the_driver(joined, add):
     ray.get([attempts.standing.remote(set()) for attempts in started])
     where = {ray.get(attempts.__ray_call__.remote(lambda actor: ray.get_runtime_context().get_node_id())) for attempts in started}
     assert where == {joined.head_node.node_id}
+
+
+def test_pools_with_gpus_get_their_shares_of_them(joined, add, tmp_path):
+    add(gpus=1)
+
+    class Told(ShardWorker):
+        def work(self, shard):
+            (tmp_path / f"{self._watch.step}-{shard}").write_text(str(ray.get_runtime_context().get_accelerator_ids()["GPU"]))
+            return [make_receipt(self._watch.step, shard, 1, Written("", 0), "", 0.0)]
+
+    receipts = []
+    steps = [
+        Step("mix", Told, {}, Pool(cpus=0.3, gpus=0.5), calls=2),
+        Step("annotate", Told, {}, Pool(max_actors=1, cpus=0.3, gpus=0.25)),
+    ]
+    run_steps(steps, range(9), receipts.append)
+    assert sorted((r.part, r.shard) for r in receipts) == sorted((name, n) for name in ("mix", "annotate") for n in range(9))
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"['0']"}
 
 
 def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(add, lose, tmp_path):
