@@ -10,6 +10,7 @@ from csm.errors import InputError
 from csm.parameters import check_name
 from flows.artifacts import Workspace
 from flows.bench.calibration import calibrate
+from flows.bench.recipe_page import markdown
 from flows.bench.recipe_plan import KNOWN_TRUTH, RecipePlan, Size, base_settings, check_datasets, image_kinds, with_methods
 from flows.bench.recipe_reach import reach
 from flows.bench.recipe_rows import rows
@@ -50,7 +51,8 @@ def recipe(
     """Search every method's settings with the same budget and compare the methods with what was chosen, data set by data set.
 
     Each data set is a workspace below ``root``: what is finished there is not done again, and a changed plan trains only what changed.
-    After each, ``root/recipe.json`` has its rows (beside those of other data sets from earlier) and ``root/reach.json`` the targets.
+    After each, ``root/recipe.json`` has its rows (beside those of other data sets from earlier), ``root/reach.json`` the targets, and
+    ``root/recipe.md`` both as a page.
 
     Args:
         datasets, methods, seeds, trials: other ones than the plan's; methods that the given ones need come along.
@@ -123,5 +125,8 @@ def _write(root: Path, found: Sequence[dict[str, Any]], dataset: str) -> None:
     before = storage.read_json(path) if path.is_file() else []
     here = {row["dataset"] for row in found} | {dataset}
     kept = [row for row in before if row["dataset"] not in here]
-    storage.write_json(path, [*kept, *found])
-    storage.write_json(root / "reach.json", [each._asdict() for each in reach([*kept, *found])])
+    everything = [*kept, *found]
+    targets = reach(everything)
+    storage.write_json(path, everything)
+    storage.write_json(root / "reach.json", [each._asdict() for each in targets])
+    storage.write_text(root / "recipe.md", markdown(everything, targets))
