@@ -1,3 +1,4 @@
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -8,10 +9,11 @@ import torch
 from csm import tables
 from csm.datasets.real import build
 from csm.errors import InputError
+from csm.generators.acceleration import accelerate
 from csm.generators.conditioning import OPERATORS
 from csm.generators.gaussians import fit_gaussians
 from csm.generators.unet import UNetGenerator, UNetSpec
-from csm.mixing import evaluations_per_image, fit_to, mix, sample, to_uint8
+from csm.mixing import GENERATED, evaluations_per_image, fit_to, mix, sample, to_uint8
 from csm.noise import initial_noise
 from csm.planning import PlanConfig, make_plan
 from csm.sampling import SamplerConfig
@@ -326,3 +328,12 @@ def test_rows_of_two_kinds_and_missing_sources_are_refused(real: TrainingImages)
         mix(plan_of("pixel", real), Flat(), SHAPE, SAMPLER)
     with pytest.raises(ValueError, match="generator: images of kind unmixed need it, got None"):
         mix(plan_of("unmixed", real), None, SHAPE, SAMPLER)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", GENERATED)
+def test_on_a_gpu_the_images_are_those_of_the_cpu_up_to_rounding(kind: str, network: UNetGenerator, real: TrainingImages) -> None:
+    rows = plan_of(kind, real)
+    expected = images_of(mix(rows, network, SHAPE, SAMPLER, batch_size=7, real=real)).int()
+    found = images_of(mix(rows, accelerate(deepcopy(network), "cuda", "float32"), SHAPE, SAMPLER, batch_size=7, real=real)).int()
+    assert (found - expected).abs().max() <= 2  # levels of 255
