@@ -18,6 +18,7 @@ from flows.config import Config
 from flows.features import device, encoder_spec
 from flows.fit_annotators import annotator_spec, annotators, calibration_of, fit_fingerprint
 from flows.mix import missing_part, mixed_keys, process, remove_other_parts
+from flows.reuse import stale
 from flows.stages import Context, Made, Stage
 
 
@@ -94,6 +95,12 @@ def _key(workspace: Workspace, config: Config, name: str, mixed: str) -> str:
     return storage.digest(mixed, fit_fingerprint(workspace, name), *([] if top is None else [top]))
 
 
+def _check_top(context: Context) -> None:
+    """``annotate.top`` against the number of classes, as soon as the data are those that are asked for."""
+    if stale(context, "prepare") is None:
+        stored_classes(RealDataset.load_info(context.workspace.root).n_classes, context.config.annotate.top)
+
+
 def _settings(config: Config) -> dict[str, Any]:
     """``top`` where it is set: by default it is nothing new."""
     top = config.annotate.top
@@ -121,6 +128,8 @@ STAGE = Stage(
     settings=_settings,
     outputs=_outputs,
     missing=_missing,
+    check=_check_top,
+    check_early=_check_top,
     run=_run,
     incremental=True,
 )

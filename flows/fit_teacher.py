@@ -9,7 +9,7 @@ from csm.datasets import RealDataset
 from csm.methods import Method
 from csm.runs import RunSpec
 from flows.artifacts import StageRecord, Workspace
-from flows.config import Config
+from flows.config import Config, plain
 from flows.folders import absolute_folders
 from flows.methods import teacher_training
 from flows.networks import check_training, network_settings
@@ -67,6 +67,14 @@ def _settings(config: Config) -> dict[str, Any]:
     return {"annotate": {"members": config.annotate.members}, "train": settings}
 
 
+def _check_early(context: Context) -> None:
+    """Finished classifiers must be there before data are read for minutes; those that were taken before may be gone."""
+    models, record = context.config.annotate.teacher.models, context.workspace.record("fit-teacher")
+    is_taken = record is not None and record.done and record.settings == plain(_settings(context.config))
+    if models and ("fit-teacher" in context.forced or not is_taken):
+        find_models(models)
+
+
 def _check(context: Context) -> None:
     train, annotate = context.config.train, context.config.annotate
     if annotate.teacher.models:
@@ -101,6 +109,7 @@ STAGE = Stage(
     outputs=_outputs,
     changed=_changed,
     check=_check,
+    check_early=_check_early,
     run=_run,
     incremental=True,
 )

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from csm import __version__, storage, tables
-from csm.calibrated import CalibratedClassifier, calibrated
+from csm.calibrated import CalibratedClassifier, CalibratedSpec, calibrated
 from csm.classifiers import load_classifier
 from csm.datasets import RealDataset
+from csm.errors import InputError
+from csm.locations import remove
 from csm.metrics import evaluate as measure
 from csm.onnx_export import EXPORTABLE
 from csm.posthoc import apply_posthoc, fit_posthoc
@@ -33,11 +35,12 @@ EXAMPLES = 2  # images of the input example
 
 
 class Finished(NamedTuple):
-    """What ``finish`` made of which run."""
+    """What ``finish`` made of which run; ``replaced`` says which other classifier the model before was, "" if there was none."""
 
     spec: RunSpec
     model: CalibratedClassifier
     digest: str
+    replaced: str
 
 
 def finish(context: Context, specs: Sequence[RunSpec], directory: Path, key: str, name: str | None) -> Finished:
@@ -49,7 +52,7 @@ def finish(context: Context, specs: Sequence[RunSpec], directory: Path, key: str
     Args:
         context: of the command.
         specs: finished runs on the workspace's data, of one or several methods.
-        directory: for ``model.json``, ``model.safetensors`` and ``mlflow/``.
+        directory: for ``model.json``, ``model.safetensors`` and ``mlflow/``; those of another model stay until then.
         key: of the MLflow run that the registered model belongs to, open or not.
         name: in the registry; None: do not register.
 
@@ -73,6 +76,8 @@ def finish(context: Context, specs: Sequence[RunSpec], directory: Path, key: str
         "validation": {**metrics, "images": len(labels), "bins": config.evaluate.bins},
     }
     model = calibrated(load_classifier(spec.directory), info.shape, posthoc, origin)
+    replaced = _other_model(directory, spec)
+    remove(directory / "model.json")  # it must not stand beside other weights
     model.save(directory)
     save_mlflow(model, directory / "mlflow", real_images(context.workspace, info.shape, EXAMPLES))
     values = ", ".join(f"{metric} {metrics[metric]:.3f}" for metric in METRICS)
@@ -82,7 +87,7 @@ def finish(context: Context, specs: Sequence[RunSpec], directory: Path, key: str
         tags = {"csm.run": spec.run, "csm.method": spec.method, "csm.seed": str(spec.seed), "csm.dataset": info.name}
         context.tracker.register_model(key, directory / "mlflow", name, what, {**tags, "csm.digest": digest})
     say(f"  {what}" + (f"; goes to the registry as {name}" if name else ""))
-    return Finished(spec, model, digest)
+    return Finished(spec, model, digest, replaced)
 
 
 def choose(specs: Sequence[RunSpec], n_classes: int) -> RunSpec:
@@ -119,6 +124,15 @@ def check_registry(context: Context) -> None:
         context.tracker.check_model_name(name)
 
 
+def _other_model(directory: Path, spec: RunSpec) -> str:
+    """The run of the finished model in ``directory`` with its validation NLL, for people; "" if that is ``spec``, or none can be read."""
+    try:
+        origin = storage.read_record(directory / "model.json", CalibratedSpec).origin
+    except InputError:
+        return ""
+    return "" if origin["fingerprint"] == spec.fingerprint else f"{origin['run']} (nll {origin['validation']['nll']:.3f})"
+
+
 def _scaled_nll(logits: Tensor, labels: Tensor) -> float:
     scaled = apply_posthoc(logits, fit_posthoc(TEMPERATURE, logits, labels))
     return measure(scaled, labels, metrics=("nll",))["nll"]
@@ -127,6 +141,9 @@ def _scaled_nll(logits: Tensor, labels: Tensor) -> float:
 def _run(context: Context, record: StageRecord) -> Made:
     key = f"stage model {record.fingerprint}"
     done = finish(context, run_specs(context), context.workspace.model, key, registry_name(context.config))
+    if done.replaced:
+        again = "; without train.loss the same command chooses among all methods again" if context.config.train.loss else ""
+        say(f"  model: replaced, it was {done.replaced}{again}")
     return Made(1, done.digest)
 
 
@@ -143,4 +160,5 @@ STAGE = Stage(
     ],
     check=check_registry,
     run=_run,
+    incremental=True,
 )

@@ -16,6 +16,8 @@ from flows.stages import Context, Stage
 def run_stages(context: Context, names: Sequence[str]) -> None:
     """Bring the stages ``names`` up to date, one after the other: see ``run_stage``."""
     for name in names:
+        context.stages[name].check_early(context)
+    for name in names:
         if name == "fit-teacher" and not any(name in context.stages[other].reads(context.resolved) for other in names):
             continue  # plan.pairs: auto came to all pairs, for which nobody is asked
         run_stage(context, name)

@@ -55,6 +55,8 @@ class Stage:
         changed: why the result is out of date though settings and inputs are the same, as in "depends on it, which ..."; None if it is
             not. Asked once a command, of what is there.
         check: look at what the user gave before anything is written or removed; raises ``InputError``.
+        check_early: as ``check``, of what can be told before the first stage of a command is run: the data may not be there yet, or be
+            others.
         run: do the work; called with the stage's record and again after an interruption.
         costly: what it made is never replaced without --force.
         unit: what its rows are, for the user.
@@ -71,6 +73,7 @@ class Stage:
     outputs: Callable[[Workspace, Config], list[Path]]
     run: Callable[["Context", StageRecord], Made]
     check: Callable[["Context"], object] = lambda context: None
+    check_early: Callable[["Context"], object] = lambda context: None
     costly: bool = False
     incremental: bool = False
     unit: str = "images"

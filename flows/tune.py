@@ -136,13 +136,15 @@ def _finish(trials: Trials, best: TrialRecord) -> None:
     """Make the best trial a finished model, in the folder of the sweep and in the registry."""
     context, number = trials.context, best.number
     workspace = trials.inputs[storage.digest(input_part(best.values))]
-    finish(
+    done = finish(
         replace(context, workspace=workspace),
         trials.specs[number],
         trials.folder.model,
         trials.key(number),
         registry_name(context.config),
     )
+    if done.replaced:
+        say(f"tune: model replaced, it was {done.replaced}")
 
 
 def _run_ids(trials: Trials, records: Sequence[TrialRecord]) -> Mapping[int, str | None]:

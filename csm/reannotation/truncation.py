@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from csm.errors import InputError
+
 DENSE = 100  # classes of a data set up to which all are stored by default
 SHARE, LEAST = 8, 32  # of more, one in so many, and at least so many: docs/reannotation.md says what that loses
 
@@ -35,7 +37,13 @@ class Truncated(NamedTuple):
 
 
 def stored_classes(n_classes: int, top: int | None) -> int | None:
-    """How many of K classes are stored of each image, None for all: ``top``, by default an eighth of more than ``DENSE``."""
+    """How many of K classes are stored of each image, None for all: ``top``, by default an eighth of more than ``DENSE``.
+
+    Raises:
+        InputError: ``top`` is more than there are.
+    """
+    if top is not None and top > n_classes:
+        raise InputError(f"annotate.top: expected at most the {n_classes} classes of the data, got {top}")
     stored = top if top is not None else max(LEAST, -(-n_classes // SHARE)) if n_classes > DENSE else n_classes
     return stored if stored < n_classes else None
 

@@ -114,6 +114,32 @@ def test_a_workspace_without_one_gets_it_and_no_leftovers(copy):
     assert len(versions(copy)) == 1  # that of before
 
 
+def test_one_method_alone_replaces_it_and_says_what_it_was(copy, capsys):
+    """Until it is there, the model before is; and without train.loss that one comes back."""
+    before = load_calibrated(copy / "model")
+    other = "cross-entropy" if before.spec.origin["method"] == "label-smoothing" else "label-smoothing"
+    settings = (f"train.loss={other}", "register.enabled=false")
+    run_stages(context_of(copy, *settings), "train")
+    assert load_calibrated(copy / "model").spec == before.spec
+    run_stages(context_of(copy, *settings), "model")
+    assert load_calibrated(copy / "model").spec.origin["method"] == other
+    was = f"{before.spec.origin['run']} (nll {before.spec.origin['validation']['nll']:.3f})"
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "replaced" in line]
+    assert told == f"  model: replaced, it was {was}; without train.loss the same command chooses among all methods again"
+    now = load_calibrated(copy / "model").spec.origin["run"]
+    run_stages(context_of(copy), "train", "model")
+    assert load_calibrated(copy / "model").spec == before.spec
+    assert f"  model: replaced, it was {now} (nll " in capsys.readouterr().err
+
+
+def test_the_same_classifier_again_replaces_nothing(copy, capsys):
+    run_stages(context_of(copy, "evaluate.posthoc=[isotonic, vector]"), "model")
+    run_stages(context_of(copy, forced=("model",)), "model")
+    (copy / "model" / "model.json").write_text("{")
+    run_stages(context_of(copy, "evaluate.posthoc=[isotonic, vector]"), "model")
+    assert "replaced" not in capsys.readouterr().err
+
+
 def test_another_calibration_is_another_version(copy):
     run_stages(context_of(copy, "evaluate.posthoc=[isotonic, vector]"), "model")
     assert load_calibrated(copy / "model").spec.posthoc.name == "vector"

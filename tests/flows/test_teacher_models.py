@@ -21,6 +21,8 @@ from flows.sweeps import trial_config
 from flows.teacher_models import find_models
 from tests.flows.finished_model import context_of, run_stages
 
+FORCED = ("fit-teacher",)
+
 
 @pytest.fixture
 def second(modelled: Path, tmp_path: Path) -> Path:
@@ -73,8 +75,15 @@ def test_the_copies_outlive_what_they_were_taken_from(first: Path, second: Path)
     shutil.rmtree(first)
     assert take(second, first / "runs" / "cross-entropy-seed*")
     context = with_models(second, first / "runs" / "cross-entropy-seed*")
+    fit_teacher.STAGE.check_early(context)
     fit_teacher.STAGE.check(context)
     assert stale(context, "fit-teacher") is None
+    for other in (
+        with_models(second, first / "nope"),
+        with_models(second, first / "runs" / "cross-entropy-seed*", forced=FORCED),
+    ):
+        with pytest.raises(InputError, match=r"annotate\.teacher\.models: .* matches no folder"):
+            fit_teacher.STAGE.check_early(other)
 
 
 def test_other_classifiers_at_the_same_place_are_taken_anew(first: Path, second: Path) -> None:
@@ -100,7 +109,7 @@ def test_a_second_round_in_one_workspace_comes_to_an_end(first: Path, second: Pa
     assert take(second, glob)
     context = with_models(second, glob)
     assert same(members(context.workspace, context.config)[0], first / "runs" / "label-smoothing-seed0")
-    assert not take(second, glob, forced=("fit-teacher",))
+    assert not take(second, glob, forced=FORCED)
     assert same(members(context.workspace, context.config)[0], second / "runs" / "label-smoothing-seed0")
 
 

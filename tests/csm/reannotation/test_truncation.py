@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from csm.errors import InputError
 from csm.reannotation.truncation import complete, stored_classes, truncate
 
 
@@ -30,6 +31,11 @@ def posteriors(rows: int = 40, classes: int = 12, spread: float = 3.0, seed: int
 )
 def test_how_many_classes_are_stored(classes: int, top: int | None, stored: int | None) -> None:
     assert stored_classes(classes, top) == stored
+
+
+def test_more_classes_than_there_are_cannot_be_stored() -> None:
+    with pytest.raises(InputError, match=r"^annotate\.top: expected at most the 3 classes of the data, got 4$"):
+        stored_classes(3, 4)
 
 
 @pytest.mark.parametrize("top", [1, 3, 11])

@@ -91,3 +91,14 @@ def test_pairs_that_the_data_does_not_have(call, refused, folder, verb, override
     said = refused(verb, *options, *settings)
     # `run` says so before the generator is trained, and `plan` what it lacks before it trains the teacher
     assert said.startswith("plan needs generator, which was not run" if verb == "plan" else message)
+
+
+@pytest.mark.parametrize("verb", ["annotate", "run"])
+def test_more_classes_than_the_data_have_cannot_be_stored(call, refused, folder, verb):
+    """`annotate` says so before annotators are fitted, and `run` before the generator is trained, as soon as there are data."""
+    options = (*use(folder(cat=8, dog=8)), "--workspace", "w")
+    message = "annotate.top: expected at most the 2 classes of the data, got 3"
+    if verb == "run":
+        assert message in call(verb, *options, "--set", "annotate.top=3")[2].splitlines()[-1]
+    assert call("prepare", *options)[0] == 0
+    assert refused(verb, *options, "--set", "annotate.top=3") == message

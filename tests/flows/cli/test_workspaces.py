@@ -31,6 +31,18 @@ def test_a_verb_without_what_it_needs_says_what_to_run(refused, verb, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("pattern", ["nope*", "memory://nowhere/seed*"])
+@pytest.mark.parametrize("verb", ["run", "tune"])
+def test_classifiers_that_are_not_there_are_missed_before_the_data_are_read(refused, monkeypatch, verb, pattern, tmp_path):
+    monkeypatch.setattr("flows.prepare.load_dataset", lambda **settings: pytest.fail("the data are read"))
+    settings = ("annotate.teacher.models=[" + pattern + "]", "tune.space.method.mixed.weight=[1, 2]", "register.enabled=false")
+    message = refused(verb, "--workspace", "w", *(word for setting in settings for word in ("--set", setting)))
+    assert message.startswith(
+        f"annotate.teacher.models: {pattern} matches no folder; name folders of classifiers, such as first/"
+    )
+    assert verb == "tune" or not any(tmp_path.iterdir())
+
+
 def test_ui_without_a_store(refused, tmp_path):
     assert refused("ui", "--workspace", "w") == "--workspace w: has no mlflow.db yet; run `csm run --workspace w` first"
     assert not any(tmp_path.iterdir())
