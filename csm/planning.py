@@ -108,6 +108,11 @@ def shard_name(shard: int) -> str:
     return f"shard {number}" + (f" of kind {tables.KINDS[kind]}" if kind else "")
 
 
+def first_shard(kind: str) -> int:
+    """The lowest number of a shard of ``kind``; every plan that has images of it has this one."""
+    return tables.KINDS.index(kind) * SHARDS_OF_KIND
+
+
 def check_kinds(kinds: Sequence[str]) -> None:
     """``InputError`` unless ``kinds`` are different ones of ``tables.KINDS``, at least one."""
     for kind in kinds:

@@ -28,13 +28,14 @@ STATE_SECONDS = 10.0  # between two saves of an unfinished training
 
 @dataclass(frozen=True)
 class MixedSource:
-    """Where the mixed images and their annotations lie, and of which kinds they should be."""
+    """Where the mixed images and their annotations lie, of which kinds they should be, and what identifies their labels."""
 
     plan: Location
     mixed: Location
     annotations: Location
     calibration: Location
     kinds: tuple[str, ...] = (SEMANTIC,)
+    labels: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,7 @@ def _write_record(spec: RunSpec, seconds: float, devices: int, **more: Any) -> N
         "devices": devices,
         "settings": asdict(spec.settings),
         "optimizer": asdict(spec.optimizer),
+        "labels": spec.mixed.labels if spec.mixed else "",
         **more,
     }
     storage.write_json(spec.directory / "run.json", record)

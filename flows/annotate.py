@@ -1,6 +1,6 @@
 """annotate: every mixed image gets its confidence, by every annotator that is run."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from flows.artifacts import StageRecord, Workspace
 from flows.config import Config
 from flows.features import device, encoder_spec
 from flows.fit_annotators import annotator_spec, annotators, calibration_of, fit_fingerprint
+from flows.label_digests import label_digest
 from flows.mix import missing_part, mixed_keys, process, remove_other_parts
 from flows.reuse import stale
 from flows.stages import Context, Made, Stage
@@ -75,7 +76,7 @@ def annotate_jobs(context: Context, shards: frozenset[int]) -> list[AnnotateJob]
 
 def annotated(workspace: Workspace, config: Config, name: str, kind: str = SEMANTIC) -> str:
     """Identifies the soft labels of the images of ``kind`` by the annotator ``name``."""
-    return storage.digest(_keys(workspace, config, name).get(kind, ""), asdict(calibration_of(workspace, name)))
+    return label_digest(_keys(workspace, config, name).get(kind, ""), calibration_of(workspace, name))
 
 
 def _mixed_keys(workspace: Workspace) -> dict[str, str]:

@@ -129,6 +129,7 @@ def as_json(compared: Compared) -> dict[str, Any]:
                 "name": each.name,
                 "folders": [str(each.folders[seed]) for seed in seeds],
                 "seeds": list(seeds),
+                "old_labels": sorted(each.old_labels.intersection(seeds)),
                 "temperature": temperature,
                 "seconds": round(float(np.mean([each.seconds[seed] for seed in seeds])), 3),
             }

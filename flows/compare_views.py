@@ -87,8 +87,20 @@ def notes(compared: Compared) -> list[str]:
         lines.append(
             "measured on validation, as a trial is among them that no sweep has chosen; temperatures were fitted there too"
         )
+    if old := _with_old_labels(compared):
+        lines.append(f"trained on soft labels that were made anew since: {', '.join(old)}; csm train trains on the new ones")
     temperatures = zip(compared.names, compared.temperatures, strict=True)
     return [*lines, "temperature: " + ", ".join(f"{name} {value:.2f}" for name, value in temperatures)]
+
+
+def _with_old_labels(compared: Compared) -> list[str]:
+    """Names of those whose labels are not what the workspace has now, with the seeds where it is not all of them."""
+    names = []
+    for each, seeds in zip(compared.trained, compared.seeds, strict=True):
+        old = [str(seed) for seed in seeds if seed in each.old_labels]
+        if old:
+            names.append(each.name if len(old) == len(seeds) else f"{each.name} (seed {', '.join(old)})")
+    return names
 
 
 def page(compared: Compared) -> str:

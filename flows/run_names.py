@@ -14,7 +14,8 @@ from csm import storage, tables
 from csm.errors import InputError
 from csm.locations import location
 from csm.methods import Method
-from flows.artifacts import differences
+from flows.artifacts import Workspace, differences
+from flows.label_digests import present_labels
 from flows.sweep_records import SweepFolder
 from flows.tracking import flatten
 
@@ -33,6 +34,7 @@ class Trained:
         settings: flat, dotted keys: method, network, loss, optimiser, ...
         split: which images they may be measured on: ``test``, or ``val`` of a trial that a sweep has not chosen.
         seconds: of training, for each.
+        old_labels: seeds of those whose mixed images have been given other soft labels in the workspace since.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Trained:
     settings: Mapping[str, Any]
     split: str
     seconds: Mapping[int, float]
+    old_labels: frozenset[int] = frozenset()
 
 
 def find(name: str, workspace: Path) -> Trained:
@@ -111,7 +114,18 @@ def _of_runs(name: str, workspace: Path, records: Mapping[Path, Mapping[str, Any
             raise InputError(f"{name}: {folder.name} has other settings than {first} ({changed[0]}): name one of them alone")
         settings, first = own, first or folder.name
         folders[int(record["seed"])], seconds[int(record["seed"])] = folder, float(record["seconds"])
-    return Trained(name, workspace, dict(sorted(folders.items())), settings, split, seconds)
+    old_labels = frozenset(seed for seed, folder in folders.items() if _has_old_labels(workspace, folder, records[folder]))
+    return Trained(name, workspace, dict(sorted(folders.items())), settings, split, seconds, old_labels)
+
+
+def _has_old_labels(workspace: Path, folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a run was trained on other labels than its annotator's in the workspace now. Trials have images of their own."""
+    term, labels = record["settings"].get("mixed"), record.get("labels")
+    if not term or not labels or folder.parent != workspace / "runs":
+        return False
+    images = term["images"]
+    now = present_labels(Workspace(workspace), term["annotator"], [images] if isinstance(images, str) else images)
+    return now is not None and now != labels
 
 
 def _settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:

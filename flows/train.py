@@ -46,6 +46,7 @@ def run_specs(context: Context, seeds: Iterable[int] | None = None) -> list[RunS
                     annotations=workspace.annotations(annotator).absolute(),
                     calibration=(workspace.annotator(annotator) / "calibration.json").absolute(),
                     kinds=method.mixed.kinds,
+                    labels=labels,
                 )
             optimizer = train.optimizer_of(method)
             settings = identity(replace(method, members=1, optimizer={}))  # of one classifier; `optimizer` has its own

@@ -10,7 +10,7 @@ import pytest
 from csm import tables
 from csm.errors import InputError
 from csm.pairs import all_pairs
-from csm.planning import PlanConfig, kind_digests, make_plan, plan_digest, planned_images, shard_name, write_plan
+from csm.planning import PlanConfig, first_shard, kind_digests, make_plan, plan_digest, planned_images, shard_name, write_plan
 from tests.csm.plans import SET, large, plan
 
 LABELS = np.array([2, 0, 3, 3, 1, 0, 2], dtype=np.uint16)
@@ -28,6 +28,9 @@ def test_kinds_stand_one_after_the_other_in_shards_of_their_own() -> None:
     assert frame["shard"].is_sorted()
     numbers = [10_000_000 * place + number for place in range(4) for number in range(6)]
     assert sorted(set(frame["shard"])) == [*numbers, 40_000_000]
+    assert frame.group_by("kind").agg(pl.col("shard").min()).rows_by_key("kind") == {
+        kind: [(first_shard(kind),)] for kind in tables.KINDS
+    }
     assert frame.group_by("shard").agg(pl.col("kind").n_unique())["kind"].to_list() == [1] * 25
     assert frame.group_by("shard").len()["len"].max() <= 7
     assert plan_digest(frame) != plan_digest(frame.with_columns(kind=pl.lit("pixel", dtype=tables.KIND)))

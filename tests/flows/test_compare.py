@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import polars as pl
@@ -7,14 +8,18 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from cluster.shards import KEY, part_path
 from csm import storage, tables
 from csm.errors import InputError
 from csm.metrics import evaluate
 from csm.posthoc import fit_temperature
+from csm.reannotation import Calibration
 from flows import comparison
+from flows.artifacts import Workspace
 from flows.cli import cli
 from flows.compare import BINS, SCHEMA, as_json, compare
-from flows.compare_views import difference_cell, label, page
+from flows.compare_views import difference_cell, label, notes, page
+from flows.label_digests import label_digest
 from flows.run_names import changed_settings, find
 from flows.sweep_records import SweepFolder
 from tests.flows.chromium import Page
@@ -212,6 +217,35 @@ def test_runs_of_other_data_are_refused(workspace, tmp_path):
     write_run(tmp_path / "runs" / "ce-seed0", "ce", 0, 1.0, labels_of(7))
     with pytest.raises(InputError, match="was measured on other test images or labels than ce-seed0"):
         compare(["ce-seed0", f"{tmp_path}:ce-seed0"], workspace, DRAWS)
+
+
+def test_labels_that_were_made_anew_since_are_told(workspace, tmp_path):
+    """Of ``better`` the seeds 0 and 2, of ``other`` all; nothing is known of ``same``, and trials have labels of their own."""
+    root = tmp_path / "workspace"
+    shutil.copytree(workspace, root)
+    schema, there, now = tables.annotations(CLASSES), Workspace(root), Calibration("none")
+    tables.write(pl.DataFrame(schema=dict(schema)), part_path(there.annotations("teacher"), 0), schema, {KEY: "now"})
+    storage.write_json(there.annotator("teacher") / "calibration.json", asdict(now))
+    mixed = {"annotator": "teacher", "images": "semantic"}
+    for seed in range(3):
+        write_run(root / "runs" / f"other-seed{seed}", "other", seed, 1.0, mixed=mixed)
+        write_run(root / "runs" / f"better-seed{seed}", "better", seed, 2.0, mixed=mixed)
+        for method, key in (("other", "then"), ("better", "now" if seed == 1 else "then")):
+            add(root / "runs" / f"{method}-seed{seed}", labels=label_digest(key, now))
+    write_run(root / "tune" / "trials" / "0000" / "seed0", "csm", 0, 1.0, mixed=mixed)
+    add(root / "tune" / "trials" / "0000" / "seed0", labels="then")
+    compared = compare(["ce", "same", "better", "other"], root, DRAWS)
+    told = "trained on soft labels that were made anew since: better (seed 0, 2), other; csm train trains on the new ones"
+    assert told in notes(compared)
+    assert told in page(compared)
+    assert [run["old_labels"] for run in as_json(compared)["runs"]] == [[], [], [0, 2], [0, 1, 2]]
+    assert not any("anew" in line for line in notes(compare(["ce-seed0", "better-seed1", "trial-0"], root, DRAWS)))
+    shutil.rmtree(there.annotations("teacher"))
+    assert not any("anew" in line for line in notes(compare(["ce", "other"], root, DRAWS)))
+
+
+def add(folder, **values):
+    storage.write_json(folder / "run.json", {**storage.read_json(folder / "run.json"), **values})
 
 
 def test_the_page_escapes_names_and_loads_nothing(compared, workspace, tmp_path):

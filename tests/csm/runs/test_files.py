@@ -18,6 +18,7 @@ from tests.csm.runs.conftest import CSM, OPTIMIZER, contents, predictions_of, sp
 
 def test_a_run_leaves_its_files_and_nothing_else(workspace: Path, settings: Method) -> None:
     spec = spec_of(workspace, settings=settings)
+    spec = replace(spec, mixed=replace(spec.mixed, labels="of then") if spec.mixed else None)
     assert not is_finished(spec)
     fit_run(spec)
     assert is_finished(spec)
@@ -25,6 +26,7 @@ def test_a_run_leaves_its_files_and_nothing_else(workspace: Path, settings: Meth
     assert names == ["history.json", "model.json", "model.safetensors", "predictions.parquet", "run.json"]
     record = storage.read_json(spec.directory / "run.json")
     assert (record["run"], record["method"], record["seed"], record["fingerprint"]) == ("ce-seed0", "ce", 0, "f0")
+    assert record["labels"] == ("of then" if settings.mixed else "")
     assert record["seconds"] > 0
     assert record["optimizer"] == json.loads(json.dumps(asdict(OPTIMIZER)))
     assert [row["epoch"] for row in storage.read_json(spec.directory / "history.json")] == [1, 2, 3, 4]

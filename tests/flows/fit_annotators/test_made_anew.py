@@ -1,16 +1,20 @@
 """The stage fit-annotators and the keys that hang on it: what is made anew when a setting changes."""
 
+from itertools import pairwise
 from pathlib import Path
 
+import polars as pl
 import pytest
 
-from csm import storage
+from cluster.shards import KEY, part_path
+from csm import storage, tables
 from csm.encoders import FeatureTable
 from csm.reannotation import Annotator, fit_calibration, held_out_shares
 from flows.annotate import annotate_jobs, annotated
 from flows.artifacts import StageRecord
 from flows.config import load_config
 from flows.fit_annotators import STAGE, annotator_spec, annotators, calibration_of
+from flows.label_digests import present_labels
 from flows.train import run_specs
 from tests.flows.fit_annotators.conftest import CLASSES, IMAGES, RECORD, Fit, changed, files, keys
 
@@ -166,3 +170,24 @@ def test_annotations_are_identified_by_image_fit_and_calibration(fit: Fit, root:
     assert len(digests) == 5
     digests.add(annotated(workspace, load_config("demo", ["annotate.top=4"]), "teacher"))  # all of them: as by default
     assert len(digests) == 5
+
+
+def test_labels_are_known_by_the_files_alone(fit: Fit) -> None:
+    """They are those of ``annotated`` once they lie there, and what a classifier keeps of them."""
+    found = []
+    for overrides in ((), ("annotate.annotators.teacher.calibrator=none",), ("annotate.top=2",)):
+        context = fit(*overrides)
+        (job,) = annotate_jobs(context, frozenset({0}))[1:]
+        schema = tables.annotations(CLASSES, job.top)
+        if overrides:
+            found.append(present_labels(context.workspace, "teacher", ("semantic",)))
+        else:
+            assert present_labels(context.workspace, "teacher", ("semantic",)) is None
+        tables.write(pl.DataFrame(schema=dict(schema)), part_path(job.annotations, 0), schema, {KEY: job.key})
+        found.append(present_labels(context.workspace, "teacher", ("semantic",)))
+        assert found[-1] == annotated(context.workspace, context.config, "teacher")
+        spec = next(spec for spec in run_specs(context) if spec.method == "csm")
+        assert spec.mixed is not None
+        assert spec.mixed.labels == found[-1]
+    assert [one == other for one, other in pairwise(found)] == [False, True, False, False]
+    assert present_labels(context.workspace, "teacher", ("semantic", "pixel")) is None
