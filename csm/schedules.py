@@ -89,11 +89,12 @@ class MixedSet:
         before = (sizes.cumsum(dim=0) - sizes).tolist()
         labels = [part.labels for part in parts]
         sparse = [each for each in labels if isinstance(each, SparseLabels)]
+        alike_sparse = len(sparse) == len(labels) and len({each.classes.shape[1] for each in sparse}) == 1
         return cls(
             images=torch.cat([part.images for part in parts]),
             labels=SparseLabels.concat(sparse)
-            if sparse
-            else torch.cat([each for each in labels if isinstance(each, torch.Tensor)]),
+            if alike_sparse
+            else torch.cat([each.dense() if isinstance(each, SparseLabels) else each for each in labels]),
             rows=torch.cat([part.rows + offset for part, offset in zip(parts, before, strict=True)]),
             class_a=torch.cat([part.class_a for part in parts]),
             class_b=torch.cat([part.class_b for part in parts]),

@@ -334,17 +334,12 @@ def test_a_kind_alone_is_joined_and_drawn_from(kind: str) -> None:
         MixedSet.join(plan, *frames, SHAPE)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_several_kinds_are_drawn_from_together_each_image_with_its_own_label(sparse: bool) -> None:
+@pytest.mark.parametrize("sparse", [(), (0, 1), (1,)])  # which parts have sparse labels
+def test_several_kinds_are_drawn_from_together_each_image_with_its_own_label(sparse: tuple[int, ...]) -> None:
     parts = [mixed_set(sets=3), replace(mixed_set(sets=2), images=255 - mixed_set(sets=2).images)]
-    if sparse:
-        classes = torch.arange(2, dtype=torch.int32)
-        parts = [
-            replace(
-                part, labels=SparseLabels(classes.expand(len(part.images), 2), part.labels[:, :2], part.labels[:, 2], CLASSES)
-            )
-            for part in parts
-        ]
+    for number in sparse:
+        part, classes = parts[number], torch.arange(2, dtype=torch.int32).expand(len(parts[number].images), 2)
+        parts[number] = replace(part, labels=SparseLabels(classes, part.labels[:, :2], part.labels[:, 2], CLASSES))
     mixed = MixedSet.concat(parts)
     assert mixed.rows.shape == (30, 4)
     assert torch.equal(mixed.ratios, parts[0].ratios)
