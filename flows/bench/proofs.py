@@ -162,10 +162,12 @@ def _recipe(
     "by which to decide, and on test.",
 )
 @click.argument("studies", nargs=-1, metavar="[STUDY ...]")
+@click.option("--datasets", callback=_names, metavar="NAME,...", help="Of the studies.  [default: all that they ask about]")
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Of each method.")
 @with_options(_proof_options("research"))
 def _research(
     studies: tuple[str, ...],
+    datasets: tuple[str, ...],
     seeds: int,
     overrides: tuple[str, ...],
     workspace: Path,
@@ -179,7 +181,8 @@ def _research(
     from flows.bench.research_views import tables
     from flows.bench.studies import read_studies
 
-    findings = study(workspace, studies, seeds, overrides, address, command_line(address), Address(tracking_uri, experiment))
+    tracking, line = Address(tracking_uri, experiment), command_line(address)
+    findings = study(workspace, studies, seeds, overrides, address, line, tracking, datasets=datasets)
     known = read_studies()
     for name in dict.fromkeys(row["study"] for row in findings.rows):
         for table in tables(name, known[name], [row for row in findings.rows if row["study"] == name]):

@@ -45,11 +45,13 @@ def research(
     command: str = "",
     tracking: Address = OWN,
     studies: Mapping[str, Study] | None = None,
+    datasets: Sequence[str] = (),
 ) -> Findings:
     """Train the methods of the studies ``asked`` for (none: all) and compare each with its reference.
 
     Studies that need the same images and labels share a workspace below ``root``, others take over from it what is the same; what is
-    finished there is not done again. ``root/research.json`` gets the rows, beside those of other studies, and ``root/STUDY.md`` a study.
+    finished there is not done again. ``root/research.json`` gets the rows, beside those of other studies and data sets, and
+    ``root/STUDY.md`` a study.
 
     A row is a method of a study on the data of one configuration: study, dataset, method, reference, workspace, run, seeds; then for
     each of the splits val and test, by which nothing is to be decided: SPLIT_FIGURE, the mean over seeds of accuracy, ece, nll (nats) and
@@ -60,12 +62,13 @@ def research(
         seeds: of each method.
         overrides: KEY=VALUE for every configuration, under what the studies change.
         studies: by name; None: the bundled ones.
+        datasets: on which of their data sets; none: all of them.
 
     Raises:
-        InputError: an unknown study, one that does not fit its configuration, or whatever the pipeline refuses.
+        InputError: an unknown study or data set, a study that does not fit its configuration, or whatever the pipeline refuses.
     """
     known = read_studies() if studies is None else studies
-    chosen = choose_studies(asked, known)
+    chosen = choose_studies(asked, known, datasets)
     needed = [arm for name, study in chosen.items() for arm in arms(name, study)]
     places = sorted({arm.place: arm for arm in needed}.values(), key=lambda arm: (arm.config, bool(arm.world)))  # the base first
     configs = {
@@ -88,8 +91,8 @@ def research(
             of = [one for one in needed if one.study == name]
             if arm.place in {one.place for one in of} and {one.place for one in of} <= done:
                 _conclude(root, name, chosen[name], of, configs, failed)
-    rows = [row for row in _read(root) if row["study"] in chosen]
-    return Findings(rows, failed)
+    measured = {(arm.study, arm.data) for arm in needed}
+    return Findings([row for row in _read(root) if (row["study"], row["dataset"]) in measured], failed)
 
 
 def _take_over(config: Config, root: Path, sources: Sequence[Path]) -> None:
@@ -111,9 +114,10 @@ def _conclude(
             rows += _rows(root, trained, configs)
         else:
             say(f"research: {name} on {config}: no rows, its reference {study.reference} failed")
-    others = [row for row in _read(root) if row["study"] != name]
+    measured = {arm.data for arm in of}
+    others = [row for row in _read(root) if row["study"] != name or row["dataset"] not in measured]
     storage.write_json(root / "research.json", [*others, *rows])
-    storage.write_text(root / f"{name}.md", markdown(name, study, rows))
+    storage.write_text(root / f"{name}.md", markdown(name, study, [*(row for row in others if row["study"] == name), *rows]))
 
 
 def _failed(arm: Arm, config: Config, failed: Mapping[str, str]) -> bool:

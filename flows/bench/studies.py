@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Arm:
     @property
     def data(self) -> str:
         """Short name of the configuration, and of the workspace with its own images and labels."""
-        return Path(self.config).stem
+        return dataset(self.config)
 
 
 def study_names() -> list[str]:
@@ -95,11 +96,27 @@ def parse_study(name: str, values: Any) -> Study:
         raise InputError(f"study {name}: {explain(error.errors(), Study)}") from None
 
 
-def choose_studies(asked: Sequence[str], studies: Mapping[str, Study]) -> dict[str, Study]:
-    """Those that were ``asked`` for, each once; all if none were."""
+def choose_studies(asked: Sequence[str], studies: Mapping[str, Study], datasets: Sequence[str] = ()) -> dict[str, Study]:
+    """Those that were ``asked`` for, each once, on the data of ``datasets``; all if none were.
+
+    A study is left out if it asks nothing about any of the ``datasets``.
+
+    Raises:
+        InputError: an unknown study, or a data set that none of these studies has.
+    """
     for name in asked:
         check_name("STUDY", name, studies)
-    return {name: studies[name] for name in dict.fromkeys(asked or studies)}
+    chosen = {name: studies[name] for name in dict.fromkeys(asked or studies)}
+    known = sorted({dataset(config) for study in chosen.values() for config in study.configs})
+    for name in datasets:
+        check_name("--datasets", name, known)
+    kept = {name: [one for one in study.configs if not datasets or dataset(one) in datasets] for name, study in chosen.items()}
+    return {name: replace(chosen[name], configs=tuple(configs)) for name, configs in kept.items() if configs}
+
+
+def dataset(config: str) -> str:
+    """Short name of a configuration, or of its file."""
+    return Path(config).stem
 
 
 def arms(name: str, study: Study) -> list[Arm]:
@@ -110,7 +127,7 @@ def arms(name: str, study: Study) -> list[Arm]:
             changes = {key.removeprefix(OF_METHOD): value for key, value in changed.items() if key.startswith(OF_METHOD)}
             world = {key: value for key, value in changed.items() if not key.startswith(OF_METHOD) and key != "like"}
             like = changed.get("like", study.reference)
-            place = Path(config).stem + (f"-{storage.digest(world)[:8]}" if world else "")
+            place = dataset(config) + (f"-{storage.digest(world)[:8]}" if world else "")
             run = f"{name}.{arm}" if changes else like
             found.append(Arm(name, arm, config, place, run, like, changes, world))
     return found

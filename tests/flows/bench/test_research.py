@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,6 +127,24 @@ def test_methods_are_compared_with_the_reference_whatever_workspace_they_are_in(
     assert f"workspace 2 of 2, {slow['workspace']} (train.optimizer.epochs 2): 1 methods x 2 seeds; 0 workspaces after it" in said
     assert said.count("prepare: reused") == 2  # taken over, not read again
     assert {each["study"] for each in json.loads((root / "research.json").read_text())} == {"losses", "length"}
+
+
+def test_one_of_the_data_sets_is_measured_and_the_rows_of_the_other_stay(path, serial, tmp_path):
+    other = Path(path).with_name("other.yaml")
+    other.write_text(Path(path).read_text())
+    two = {
+        "losses": Study("Which loss?", "Brier.", (path, str(other)), {"brier": {"like": "brier"}}, "cross-entropy"),
+        "here": Study("Here?", "Yes.", (path,), {"brier": {"like": "brier"}}, "cross-entropy"),
+    }
+    serial.clear()
+    assert [row["dataset"] for row in research(tmp_path, [], 1, studies=two, datasets=["other"]).rows] == ["other"] * 2
+    assert serial == ["cross-entropy-seed0", "brier-seed0"]
+    found = research(tmp_path, ["losses"], 1, studies=two, datasets=["small"]).rows
+    assert [row["dataset"] for row in found] == ["small"] * 2
+    assert [row["dataset"] for row in json.loads((tmp_path / "research.json").read_text())] == ["other"] * 2 + ["small"] * 2
+    assert "### other, 1 seeds" in (tmp_path / "losses.md").read_text()
+    with pytest.raises(InputError, match=r"^--datasets: unknown 'other'; one of small$"):
+        research(tmp_path, ["here"], 1, studies=two, datasets=["other"])
 
 
 @pytest.mark.slow
