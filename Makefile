@@ -2,8 +2,8 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
-# Files of tests go to two processes, of one thread each: much of a test is waiting for the start of others.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+# Groups of tests (tests/conftest.py) go to two processes, of one thread each: much of a test is waiting for the start of others.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 # The stamp is written when an install has ended well. No stamp: .venv is unfinished and is made again from nothing.
 INSTALLED := .venv/.installed
 

@@ -60,6 +60,7 @@ def denoised(directory: Path) -> torch.Tensor:
     return load_unet(directory)(noisy, torch.full((6,), 0.7), torch.tensor([0, 1]).repeat(3))
 
 
+@pytest.mark.slow
 def test_a_group_of_one_equals_a_direct_call(direct, tmp_path):
     job, steps = direct
     assert fit(replace(job, directory=tmp_path), ONE, tmp_path) == steps

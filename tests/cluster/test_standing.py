@@ -99,6 +99,7 @@ def test_pools_with_gpus_get_their_shares_of_them(joined, add, tmp_path):
     assert {path.read_text() for path in tmp_path.iterdir()} == {"['0']"}
 
 
+@pytest.mark.slow
 def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(add, lose, tmp_path):
     lost, _ = add(), add()
     receipts, standings = [], []
@@ -139,6 +140,7 @@ def test_pools_without_a_node_say_what_they_wait_for_and_go_on_with_the_next_one
     assert told[-1].wanting == ""
 
 
+@pytest.mark.slow
 def test_pools_for_which_no_node_comes_back_stop(add, lose, monkeypatch):
     """Also where SIGINT does nothing: it is blocked in what a Ray job starts. The session can be used, and left, after it."""
     monkeypatch.setattr(standing, "TICK_SECONDS", 0.5)

@@ -19,11 +19,11 @@ SHAPE = (8, 8, 3)
 KINDS = {"diffusers-unet": [1, 3], "dit": [1, 3], "stable-diffusion": [], "edm": [2, 9]}  # the model's classes of cat and dog
 CASES = [
     ("diffusers-unet", "embedding"),
-    ("dit", "embedding"),
-    ("stable-diffusion", "embedding"),
-    ("edm", "embedding"),
     ("edm", "score"),
     ("stable-diffusion", "slerp"),
+    pytest.param("dit", "embedding", marks=pytest.mark.slow),
+    pytest.param("stable-diffusion", "embedding", marks=pytest.mark.slow),
+    pytest.param("edm", "embedding", marks=pytest.mark.slow),
     pytest.param("diffusers-unet", "slerp", marks=pytest.mark.slow),
     pytest.param("diffusers-unet", "score", marks=pytest.mark.slow),
     pytest.param("dit", "score", marks=pytest.mark.slow),

@@ -161,6 +161,7 @@ def test_settings_without_a_part_in_the_plan_do_not_call_it_out_of_date(override
     assert set(settings) == {"pairs", "ratios", "sets_per_pair", "shard_rows", "seed"} | more
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_command_trains_the_teacher_first_and_mixes_with_the_operator(finished, csm, tmp_path, one_thread) -> None:
     root = Path(shutil.copytree(finished.root, tmp_path / "workspace"))

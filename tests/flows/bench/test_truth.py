@@ -52,6 +52,7 @@ def benched(config, csm, ray_address, tmp_path_factory):
     return root, done, json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_row_for_each_method_and_one_for_auto(benched):
     root, done, rows = benched
     assert all(list(row) == KEYS for row in rows)
@@ -72,6 +73,7 @@ def test_a_row_for_each_method_and_one_for_auto(benched):
     assert "cross-entropy" in shown
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_the_files(benched):
     root, _, rows = benched
     folder = root / "oracle-seed0"
@@ -97,6 +99,7 @@ def test_the_figures_are_those_of_the_files(benched):
     assert ratio["tv"] == pytest.approx(0.5 * np.abs(labels - truths).sum(axis=1).mean(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_again_it_only_measures(benched, config, capfd):
     root, _, rows = benched
     assert truth.measure(root, str(config), seeds=1, generators=["oracle"]) == rows
@@ -105,6 +108,7 @@ def test_again_it_only_measures(benched, config, capfd):
     assert "started" not in said
 
 
+@pytest.mark.slow
 def test_mlflow_has_a_run_for_each_row_below_one_with_the_picture(benched):
     root, _, rows = benched
     client = MlflowClient(store_uri(root))
