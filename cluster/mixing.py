@@ -17,6 +17,7 @@ from cluster.shards import Receipt, Written, finished_shards, part_path, read_pl
 from csm import storage, tables
 from csm.generators import Generator, load_generator
 from csm.generators.acceleration import accelerate
+from csm.generators.guidance import set_guidance
 from csm.mixing import GENERATED, start_mixing
 from csm.precision import Precision
 from csm.sampling import SamplerConfig
@@ -28,7 +29,7 @@ class MixJob:
     """What a mixing actor needs; all paths are on storage that every node sees.
 
     ``keys`` is kind -> key of its part files, for kinds that have another one than ``key``; ``real`` is the `real` table, for kinds that
-    need it, and ``strength`` is that of ``csm.mixing.mix``.
+    need it, ``strength`` is that of ``csm.mixing.mix`` and ``guidance`` the generator's, None: its own.
     """
 
     plan: Path
@@ -45,6 +46,7 @@ class MixJob:
     compiled: bool = False
     real: Path | None = None
     strength: float = 1.0
+    guidance: float | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -64,7 +66,10 @@ class MixShards(ShardWorker):
     def generator(self) -> Generator:
         # Loaded with the first shard: what goes wrong in an actor's __init__ reaches the driver only as pages of text.
         job = self.job
-        return accelerate(load_generator(job.generator), job.device, job.precision, job.compiled)
+        generator = accelerate(load_generator(job.generator), job.device, job.precision, job.compiled)
+        if job.guidance is not None:
+            set_guidance(generator, job.guidance)
+        return generator
 
     @cached_property
     def real(self) -> TrainingImages | None:

@@ -15,6 +15,7 @@ from csm.encoders import ENCODERS, Sources, encode
 from csm.generators import load_generator
 from csm.generators.acceleration import accelerate
 from csm.generators.config import GeneratorConfig
+from csm.generators.guidance import set_guidance
 from csm.generators.importing import IMPORTERS, ImportOptions, detect
 from csm.methods import Method
 from csm.mixing import mix
@@ -45,14 +46,26 @@ class Source:
 
 
 def mixing_rate(
-    source: Source, sampler: SamplerConfig, batch_size: int, operator: str, precision: Precision, device: str, seconds: float
+    source: Source,
+    sampler: SamplerConfig,
+    batch_size: int,
+    operator: str,
+    precision: Precision,
+    device: str,
+    seconds: float,
+    guidance: float | None = None,
 ) -> float:
-    """Images a second of ``csm.mixing.mix`` with the arguments of that name; for ``device`` and ``precision`` see ``accelerate``."""
+    """Images a second of ``csm.mixing.mix`` with the arguments of that name.
+
+    For ``device`` and ``precision`` see ``accelerate``, for ``guidance`` ``set_guidance``; None: the generator's own.
+    """
     pairs = all_pairs(min(CLASSES, source.info.n_classes))
     sets = -(-batch_size // (8 * len(pairs)))
     plan = make_plan(source.info.n_classes, "rate", "rate", PlanConfig(sets_per_pair=sets), pairs)
     with TemporaryDirectory(prefix="csm-rate-") as folder:
         generator = accelerate(load_generator(_generator(source, Path(folder))), device, precision)
+        if guidance is not None:
+            set_guidance(generator, guidance)
         shape = source.info.shape
         return images_per_second(
             lambda rows: mix(plan.head(rows), generator, shape, sampler, batch_size, operator), batch_size, seconds
@@ -161,6 +174,6 @@ def _generator(source: Source, folder: Path) -> Path:
     else:
         from csm.generators.unet import UNetGenerator, UNetSpec
 
-        sizes = (config.block_channels, config.layers_per_block, config.dropout, config.attention_levels)
+        sizes = (config.block_channels, config.layers_per_block, config.dropout, config.attention_levels, config.label_dropout)
         UNetGenerator(UNetSpec(info.shape, info.n_classes, 0.5, *sizes)).save(folder)
     return folder

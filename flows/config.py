@@ -45,6 +45,8 @@ class MixConfig:
         operator: that mixes two classes, see ``OPERATORS``.
         precision, compile: of the generator's network, see ``accelerate``.
         strength: noise level from which images of the kind "noised" are denoised again.
+        guidance: scale of classifier-free guidance, of a generator that can be guided; 1 is none, None what the generator was imported
+            with.
     """
 
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
@@ -53,6 +55,7 @@ class MixConfig:
     precision: Precision = "auto"
     compile: bool = False
     strength: float = Field(default=1.0, gt=0)
+    guidance: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -208,6 +211,7 @@ def _check_names(config: Config) -> Config:
             f"mix.strength: expected more than sigma_min {sampler.sigma_min:g} and no more than sigma_max {sampler.sigma_max:g} of "
             f"mix.sampler, got {config.mix.strength:g}"
         )
+    _check_guidance(config)
     if sampler.churn > 0 and sampler.solver != "heun":
         raise InputError(f"mix.sampler.churn: only solver heun adds noise, not {sampler.solver}; choose heun, or churn 0")
     annotate = check_annotators(config.annotate)
@@ -223,6 +227,18 @@ def _check_names(config: Config) -> Config:
     shifts = {name: _check_shift(f"evaluate.shifts.{name}", name, shift) for name, shift in config.evaluate.shifts.items()}
     evaluate = replace(config.evaluate, shifts=shifts)
     return replace(config, data={"source": source, **data}, train=train, annotate=annotate, evaluate=evaluate)
+
+
+def _check_guidance(config: Config) -> None:
+    """Of a generator that is made here; what an imported one knows is seen when it is there."""
+    generator, guidance = config.generator, config.mix.guidance
+    trained = generator.kind in ("auto", "unet")
+    if guidance in (None, 1) or generator.path or (trained and generator.label_dropout):
+        return
+    remedy = (
+        "set generator.label_dropout=0.1, which trains it anew" if trained else "only trained and imported networks can be guided"
+    )
+    raise InputError(f"mix.guidance: expected 1, got {guidance:g}: this generator knows no images without a class; {remedy}")
 
 
 def check_sets(train: TrainConfig, plan: PlanConfig) -> None:

@@ -92,7 +92,9 @@ def _measurements(workspace: Workspace, config: Config, load: Load, device: str,
         yield partial(fitting_rate, source, device, seconds)
     elif load.stage == "mix":
         mix = config.mix
-        yield partial(mixing_rate, source, mix.sampler, mix.batch_size, mix.operator, mix.precision, device, seconds)
+        yield partial(
+            mixing_rate, source, mix.sampler, mix.batch_size, mix.operator, mix.precision, device, seconds, mix.guidance
+        )
     elif load.stage in ("train", "fit-teacher"):
         train = config.train if load.stage == "train" else teacher
         yield partial(training_rate, _spec(train, info), info, train.optimizer, device, seconds)

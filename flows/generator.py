@@ -49,7 +49,8 @@ def _settings(config: Config) -> dict[str, Any]:
     if config.generator.kind in ("gaussians", "truth"):
         return {"generator": {"kind": config.generator.kind}}
     # Like the number of workers, micro_batch changes the order of sums only, so a training may go on with a smaller one.
-    return {"generator": {name: value for name, value in generator.items() if name not in (*IMPORT_SETTINGS, "micro_batch")}}
+    left_out = {*IMPORT_SETTINGS, "micro_batch"} | (set() if generator["label_dropout"] else {"label_dropout"})  # a later setting
+    return {"generator": {name: value for name, value in generator.items() if name not in left_out}}
 
 
 STAGE = Stage(

@@ -16,6 +16,7 @@ from csm import storage
 from csm.datasets import RealDataset
 from csm.generators import load_generator
 from csm.generators.conditioning import check_spherical
+from csm.generators.guidance import set_guidance
 from csm.mixing import NOISED, evaluations_per_image, starting_at
 from csm.planning import SEMANTIC, kind_digests, ratio_grid, shard_name
 from flows.artifacts import StageRecord, Workspace
@@ -51,6 +52,7 @@ def _run(context: Context, record: StageRecord) -> Made:
         compiled=config.mix.compile,
         real=workspace.real.absolute(),
         strength=config.mix.strength,
+        guidance=config.mix.guidance,
         keys=keys,
     )
     followers = annotate_jobs(context, todo) if stale(context, "fit-annotators") is None else []
@@ -61,11 +63,16 @@ def _run(context: Context, record: StageRecord) -> Made:
         work = partial(process_shards, job, followers, config.resources.mix, config.resources.annotate)
         total, made = sum(rows.values()), sum(rows[shard] for shard in done)
         process(context, record, work, all_parts, set(parts), "images", total, made, before)
-    per_image = sum(
-        evaluations_per_image(config.mix.sampler, config.mix.operator, ratio_grid(config.plan).tolist(), kind)
-        * sum(plan_shards(workspace.plan, kind).values())
-        for kind in config.plan.kinds
-    ) / sum(rows.values())
+    guidance = config.generator.guidance if config.mix.guidance is None else config.mix.guidance
+    per_image = (
+        (1 if guidance == 1 else 2)
+        * sum(
+            evaluations_per_image(config.mix.sampler, config.mix.operator, ratio_grid(config.plan).tolist(), kind)
+            * sum(plan_shards(workspace.plan, kind).values())
+            for kind in config.plan.kinds
+        )
+        / sum(rows.values())
+    )
     context.tracker.log_metrics(f"stage {record.name} {record.fingerprint}", {"evaluations_per_image": per_image})
     return Made(sum(rows.values()), record.fingerprint)
 
@@ -134,22 +141,31 @@ def remove_other_parts(directory: Path, files: Collection[str], rows: Collection
 
 
 def _check(context: Context) -> None:
-    """The generator must know the operator and, for images that start from real ones, the noise level, which is known once it is there."""
+    """The generator must know the operator, no class, and the noise level of images that start from real ones: seen once it is there."""
     config, workspace = context.config, context.workspace
-    is_spherical, is_noised = config.mix.operator == "slerp", NOISED in config.plan.kinds
-    if not (is_spherical or is_noised) or not (workspace.generator / "generator.json").is_file():
+    is_spherical, is_noised, guidance = config.mix.operator == "slerp", NOISED in config.plan.kinds, config.mix.guidance
+    if not (is_spherical or is_noised or guidance is not None) or not (workspace.generator / "generator.json").is_file():
         return
     generator = load_generator(workspace.generator)
     if is_spherical:
         check_spherical(generator)
+    if guidance is not None:
+        set_guidance(generator, guidance)
     if is_noised:
         starting_at(config.mix.strength, config.mix.sampler, generator, RealDataset.load_info(workspace.root).shape)
 
 
 def _settings(config: Config) -> dict[str, Any]:
     """Those that the images depend on."""
-    mix = asdict(config.mix)
-    return {"mix": mix if NOISED in config.plan.kinds else {key: value for key, value in mix.items() if key != "strength"}}
+    without = {"strength"} if NOISED not in config.plan.kinds else set()
+    if config.mix.guidance is None:  # a later setting
+        without.add("guidance")
+    return {"mix": {name: value for name, value in asdict(config.mix).items() if name not in without}}
+
+
+def _grows(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether at most kinds are added that need a ``strength``."""
+    return {**after["mix"], **before["mix"]} == after["mix"] and set(after["mix"]) - set(before["mix"]) <= {"strength"}
 
 
 def mixed_keys(workspace: Workspace, record: StageRecord) -> dict[str, str]:
@@ -204,7 +220,7 @@ STAGE = Stage(
     check=_check,
     run=_run,
     costly=True,
-    grows=lambda before, after: {"mix": {**after["mix"], **before["mix"]}} == after,
+    grows=_grows,
     keeps=_keeps,
 )
 

@@ -51,6 +51,7 @@ class DenoisingPosterior(nn.Module):
     ) -> None:
         """``batch_size``: images, classes, levels and draws that go through the network together."""
         super().__init__()
+        generator.guidance = 1.0  # a guided denoiser is no conditional mean
         self.generator, self.batch_size = generator, batch_size
         low, high = (
             math.log(min(max(sigma, generator.sigma_range[0]), generator.sigma_range[1])) for sigma in (sigma_min, sigma_max)

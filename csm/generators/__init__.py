@@ -24,7 +24,11 @@ class Generator(Protocol):
         sigma_range: lowest and highest noise level that it was trained on; solvers stay inside.
         spherical: whether its condition is a vector of an embedding space, in which directions mean something; False for weights of
             classes and other numbers of which only linear mixtures do.
+        guides: whether it has a condition of no class, from which ``guidance`` leads away.
+        guidance: scale of classifier-free guidance that ``denoise`` applies; 1 is none (``csm.generators.guidance``).
     """
+
+    guidance: float
 
     @property
     def device(self) -> torch.device: ...
@@ -38,6 +42,8 @@ class Generator(Protocol):
     def sigma_range(self) -> tuple[float, float]: ...
     @property
     def spherical(self) -> bool: ...
+    @property
+    def guides(self) -> bool: ...
 
     def to(self, device: torch.device) -> Any:
         """Move to ``device``, in place."""
@@ -48,7 +54,10 @@ class Generator(Protocol):
         ...
 
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """E[clean | x, condition] float32 (N, C, H, W), from x = clean + sigma * noise float32 (N, C, H, W), sigma float32 (N,)."""
+        """E[clean | x, condition] float32 (N, C, H, W), from x = clean + sigma * noise float32 (N, C, H, W), sigma float32 (N,).
+
+        Under a ``guidance`` other than 1 it is no such mean, but what samples are made of.
+        """
         ...
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:

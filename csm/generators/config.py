@@ -18,7 +18,7 @@ class GeneratorConfig:
         kind: "auto" finds out what is at ``path``, and trains a "unet" where there is no path; "gaussians" fits one to each class;
             "truth" is the law that the images were drawn from, for data sets that know it (source gaussians).
         classes: of an imported model: its class for each class of the data set; empty: the same numbers.
-        guidance: of an imported model: scale of classifier-free guidance; 1 is none.
+        guidance: of an imported model: scale of classifier-free guidance where ``mix.guidance`` says none; 1 is none.
         prompt: of an imported text-to-image model: template in which ``{}`` stands for the class name.
         block_channels: channels of each resolution, halved from one to the next.
         attention_levels: so many of the lowest resolutions have self-attention.
@@ -26,6 +26,7 @@ class GeneratorConfig:
         learning_rate: of AdamW, after a linear warm-up over the first 5 % of the steps, then falling to 0 as a cosine.
         ema_halflife: images after which the running average of the weights has forgotten half.
         p_mean, p_std: ln(sigma) ~ N(p_mean, p_std**2).
+        label_dropout: show this share of the images without their class, which guidance needs (Ho & Salimans 2022, Alg. 1).
         flip: show half of the images mirrored left to right; for data whose classes stay what they are in a mirror.
         precision: of the passes through the network; weights, their average, the optimiser and the loss are float32 in any case.
         micro_batch: most images that go through a device at once, 0 for a worker's whole share of the batch. It bounds the memory and
@@ -48,6 +49,7 @@ class GeneratorConfig:
     ema_halflife: int = Field(default=6000, ge=1)
     p_mean: float = -1.2
     p_std: float = Field(default=1.2, gt=0)
+    label_dropout: float = Field(default=0.0, ge=0, lt=1)
     flip: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
     micro_batch: int = Field(default=0, ge=0)

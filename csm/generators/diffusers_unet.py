@@ -31,6 +31,7 @@ class DiffusersUNetGenerator(nn.Module):
 
     table: torch.Tensor
     spherical = True
+    guides, guidance = False, 1.0
 
     def __init__(self, unet: Any, schedule: VPSchedule, spec: DiffusersUNetSpec) -> None:
         """Take over ``unet``, a UNet2DModel that ``_check`` accepts."""

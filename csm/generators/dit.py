@@ -50,6 +50,7 @@ class DiTGenerator(nn.Module):
     classes: torch.Tensor
     none: torch.Tensor
     spherical = False
+    guides = True
 
     def __init__(self, transformer: Any, vae: Any, schedule: VPSchedule, spec: DiTSpec) -> None:
         """Take over ``transformer``, a DiTTransformer2DModel, and its AutoencoderKL ``vae``."""
@@ -59,6 +60,7 @@ class DiTGenerator(nn.Module):
             embedder.class_embedder = SoftLabels(embedder.class_embedder.embedding_table.weight.detach())
         config = transformer.config
         self.transformer, self.vae, self.schedule, self.spec = transformer, vae, schedule, spec
+        self.guidance = spec.guidance
         self.noise_shape: tuple[int, int, int] = (config.in_channels, config.sample_size, config.sample_size)
         self.null_class: int = config.num_embeds_ada_norm
         self.register_buffer("classes", torch.tensor(spec.classes))
@@ -93,7 +95,7 @@ class DiTGenerator(nn.Module):
             sigma: float32 (N,), > 0.
             condition: float32 (N, K_model + 1).
         """
-        guide = partial(guided, self._predict, condition=condition, none=self.none, scale=self.spec.guidance)
+        guide = partial(guided, self._predict, condition=condition, none=self.none, scale=self.guidance)
         return self.schedule.denoise(guide, x, sigma)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:

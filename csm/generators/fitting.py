@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from csm import storage
 from csm.datasets import RealDataset
 from csm.generators.config import GeneratorConfig
-from csm.generators.unet import UNetGenerator, UNetSpec
+from csm.generators.unet import NO_CLASS, UNetGenerator, UNetSpec
 from csm.world import ALONE, CPU, World, from_first, to_device, together
 
 OnStep = Callable[[int, float], None]
@@ -175,11 +175,15 @@ def _spec(images: torch.Tensor, n_classes: int, config: GeneratorConfig) -> UNet
         layers_per_block=config.layers_per_block,
         dropout=config.dropout,
         attention_levels=config.attention_levels,
+        label_dropout=config.label_dropout,
     )
 
 
 class _Batch(NamedTuple):
-    """Rows of a step: images uint8 (B, C, H, W), labels int64 (B,), noise levels float32 (B,), noise float32 (B, C, H, W)."""
+    """Rows of a step: images uint8 (B, C, H, W), labels int64 (B,), noise levels float32 (B,), noise float32 (B, C, H, W).
+
+    Labels may be ``NO_CLASS``.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -197,7 +201,10 @@ def _draw(images: torch.Tensor, labels: torch.Tensor, config: GeneratorConfig, s
     if config.flip:
         mirrored = torch.rand(len(rows), generator=draw) < 0.5
         chosen = torch.where(mirrored.view(-1, 1, 1, 1), chosen.flip(-1), chosen)
-    return _Batch(chosen, labels[rows], sigma, noise)
+    shown = labels[rows]
+    if config.label_dropout:
+        shown = shown.masked_fill(torch.rand(len(rows), generator=draw) < config.label_dropout, NO_CLASS)
+    return _Batch(chosen, shown, sigma, noise)
 
 
 def _backward(

@@ -40,6 +40,7 @@ class GaussianMixtureGenerator(nn.Module):
 
     network: nn.Module | None = None
     spherical = False  # weights of classes lie on no sphere
+    guides, guidance = False, 1.0
     weights: torch.Tensor
 
     def __init__(

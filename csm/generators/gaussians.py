@@ -70,6 +70,7 @@ class GaussianGenerator(nn.Module):
 
     network: nn.Module | None = None
     spherical = False  # weights of classes lie on no sphere
+    guides, guidance = False, 1.0
     means: torch.Tensor
     covariances: torch.Tensor
     priors: torch.Tensor

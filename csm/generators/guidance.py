@@ -4,7 +4,24 @@ from collections.abc import Callable
 
 import torch
 
+from csm.errors import InputError
+from csm.generators import Generator
+
 ConditionalNetwork = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def set_guidance(generator: Generator, scale: float) -> None:
+    """Let ``generator.denoise`` be guided with ``scale``, in place; 1 is none.
+
+    Raises:
+        InputError: it has no condition of no class.
+    """
+    if scale != 1 and not generator.guides:
+        raise InputError(
+            f"mix.guidance: this generator has no condition of no class, which guidance leads away from: expected 1, got {scale:g}; "
+            "train one with generator.label_dropout=0.1, or import a DiT or Stable Diffusion"
+        )
+    generator.guidance = scale
 
 
 def guided(

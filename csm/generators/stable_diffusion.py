@@ -35,6 +35,7 @@ class StableDiffusionGenerator(nn.Module):
 
     prompts: torch.Tensor
     spherical = True
+    guides = True
 
     def __init__(self, unet: Any, vae: Any, schedule: VPSchedule, prompts: torch.Tensor, spec: StableDiffusionSpec) -> None:
         """``prompts`` float32 (K + 1, T, D): encoded, one for each class, then the empty one."""
@@ -43,6 +44,7 @@ class StableDiffusionGenerator(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         self.noise_shape: tuple[int, int, int] = (unet.config.in_channels, height, width)
         self.unet, self.vae, self.schedule, self.spec = unet, vae, schedule, spec
+        self.guidance = spec.guidance
         self.register_buffer("prompts", prompts)
 
     @property
@@ -75,7 +77,7 @@ class StableDiffusionGenerator(nn.Module):
             condition: float32 (N, T, D).
         """
         none = self.prompts[-1:]
-        return self.schedule.denoise(lambda z, t: guided(self._predict, z, t, condition, none, self.spec.guidance), x, sigma)
+        return self.schedule.denoise(lambda z, t: guided(self._predict, z, t, condition, none, self.guidance), x, sigma)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Images float32 (N, 3, height, width), nominally in [-1, 1], of codes (N, C, H, W)."""

@@ -9,13 +9,15 @@ from torch import nn
 
 from csm import storage
 from csm.classifiers.classifier import load_weights
+from csm.generators.guidance import guided
 
 
 @dataclass(frozen=True)
 class UNetSpec:
     """Everything but the weights (``generator.json``). ``shape`` is (H, W, C); ``sigma_data`` in units of images in [-1, 1].
 
-    The ``attention_levels`` lowest of the resolutions have self-attention.
+    The ``attention_levels`` lowest of the resolutions have self-attention. ``label_dropout`` is the share of the images that the training
+    showed without their class; above 0 the network can be guided.
     """
 
     shape: tuple[int, int, int]
@@ -25,16 +27,21 @@ class UNetSpec:
     layers_per_block: int
     dropout: float
     attention_levels: int = 1
+    label_dropout: float = 0.0
+
+
+NO_CLASS = -1  # the label of an image that is shown without its class
 
 
 class UNetGenerator(nn.Module):
     """``denoise(x, sigma, condition)`` around a UNet2DModel, preconditioned as EDM (Karras et al. 2022, table 1).
 
     D(x; sigma, c) = c_skip x + c_out F(c_in x; c_noise, c). The condition is a vector: ``embed(labels)`` looks one up per class, and a
-    mixture of classes is a mixture of vectors.
+    mixture of classes is a mixture of vectors. That of no class is 0.
     """
 
     spherical = True
+    guidance = 1.0
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
@@ -65,6 +72,10 @@ class UNetGenerator(nn.Module):
         return self.embedding.weight.device
 
     @property
+    def guides(self) -> bool:
+        return self.spec.label_dropout > 0
+
+    @property
     def network(self) -> nn.Module:
         network: nn.Module = self.unet
         return network
@@ -84,8 +95,9 @@ class UNetGenerator(nn.Module):
         return 0.002, 80.0
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """``denoise`` under the conditions of ``labels``: the one call that DistributedDataParallel sees."""
-        return self.denoise(x, sigma, self.embed(labels))
+        """``denoise`` under the conditions of ``labels``, some ``NO_CLASS``: the one call that DistributedDataParallel sees."""
+        known = (labels != NO_CLASS).unsqueeze(1)
+        return self.denoise(x, sigma, torch.where(known, self.embed(labels.clamp(min=0)), 0.0))
 
     def embed(self, labels: torch.Tensor) -> torch.Tensor:
         """Condition vectors (N, E) of class labels int64 (N,)."""
@@ -93,13 +105,17 @@ class UNetGenerator(nn.Module):
         return vectors
 
     def denoise(self, x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Estimate of the clean images (N, C, H, W) in [-1, 1] from x = clean + sigma * noise.
+        """Estimate of the clean images (N, C, H, W) in [-1, 1], guided, from x = clean + sigma * noise.
 
         Args:
             x: float32 (N, C, H, W).
             sigma: float32 (N,), > 0.
             condition: float32 (N, E).
         """
+        none = torch.zeros_like(condition[:1])
+        return guided(self._denoise, x, sigma, condition, none, self.guidance)
+
+    def _denoise(self, x: torch.Tensor, sigma: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         s = sigma.view(-1, 1, 1, 1)
         data = self.spec.sigma_data
         total = (s**2 + data**2).sqrt()

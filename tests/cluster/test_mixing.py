@@ -22,6 +22,7 @@ from csm.datasets import RealDataset
 from csm.encoders import Sources
 from csm.errors import InputError
 from csm.generators import load_generator
+from csm.generators.unet import UNetGenerator, UNetSpec
 from csm.mixing import mix, start_mixing
 from csm.planning import PlanConfig, make_plan
 from csm.reannotation import Annotator, AnnotatorSpec, annotate
@@ -226,6 +227,13 @@ def test_a_shard_that_a_lost_worker_had_finished_is_not_made_again(done, tmp_pat
     assert [receipt["checksum"] for receipt in receipts] == [storage.file_digest(part_path(tmp_path, shard)) for shard in (0, 1)]
     assert receipts[0]["seconds"] == 0 < receipts[1]["seconds"]
     assert times(tmp_path, [0]) == before
+
+
+def test_a_worker_guides_its_generator(done, tmp_path):
+    generator = UNetGenerator(UNetSpec((8, 8, 1), 10, 0.5, (8, 16), 1, 0.0, label_dropout=0.1))
+    generator.save(tmp_path)
+    job = replace(done.mix_job, generator=tmp_path)
+    assert [MixShards(replace(job, guidance=scale), 1).generator.guidance for scale in (None, 3.0)] == [1.0, 3.0]
 
 
 def test_a_shard_is_written_while_the_next_one_is_denoised(done, tmp_path, monkeypatch):

@@ -267,6 +267,15 @@ def test_schedules_that_cannot_be_are_refused(overrides, said):
             "mix.strength: expected more than sigma_min 0.02 and no more than sigma_max 80 of mix.sampler, got 90",
         ),
         (["mix.strength=0"], "mix.strength: expected a number greater than 0, got 0"),
+        (
+            ["mix.guidance=2"],
+            "mix.guidance: expected 1, got 2: this generator knows no images without a class; set generator.label_dr",
+        ),
+        (
+            ["mix.guidance=2", "generator.kind=gaussians"],
+            "mix.guidance: expected 1, got 2: this generator knows no images without a cl",
+        ),
+        (["mix.guidance=-1"], "mix.guidance: expected a number greater than or equal to 0, got -1"),
     ],
 )
 def test_kinds_of_images_that_cannot_be_are_refused(overrides, message):

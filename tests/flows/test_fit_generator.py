@@ -61,7 +61,9 @@ def test_one_worker_without_a_gpu_on_this_machine_is_this_process(address, overr
         ("generator.precision=bfloat16", False),
         ("generator.flip=true", False),
         ("generator.attention_levels=2", False),
+        ("generator.label_dropout=0.1", False),
         ("generator.micro_batch=16", True),
+        ("mix.guidance=1", True),
         ("resources.fit.workers=2", True),
     ],
 )

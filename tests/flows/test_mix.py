@@ -6,6 +6,7 @@ import pytest
 from cluster.shards import Receipt
 from flows import mix
 from flows.artifacts import StageRecord, Workspace
+from flows.config import load_config
 
 RECORD = StageRecord("mix", "f1", {}, 1, {})
 
@@ -44,6 +45,17 @@ def work(clock, *made):
             on_receipt(one)
 
     return hand_on
+
+
+def test_guidance_is_a_setting_of_the_images_and_of_no_image_that_was_made_without_it():
+    plain, guided = (
+        mix.STAGE.settings(load_config("digits", ["generator.label_dropout=0.1", *more])) for more in ([], ["mix.guidance=2"])
+    )
+    assert "guidance" not in plain["mix"]
+    assert guided["mix"] == plain["mix"] | {"guidance": 2.0}
+    assert not mix.STAGE.grows(plain, guided)
+    assert mix.STAGE.grows(plain, {"mix": plain["mix"] | {"strength": 1.0}})
+    assert not mix.STAGE.grows({"mix": plain["mix"] | {"strength": 1.0}}, {"mix": plain["mix"] | {"strength": 2.0}})
 
 
 def test_progress_goes_to_the_terminal_and_to_mlflow_while_it_runs(context, clock, capsys):

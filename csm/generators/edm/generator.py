@@ -68,6 +68,7 @@ class EDMGenerator(nn.Module):
     """
 
     spherical = False
+    guides, guidance = False, 1.0
     classes: torch.Tensor
 
     def __init__(self, spec: EDMSpec) -> None:

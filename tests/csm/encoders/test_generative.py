@@ -56,6 +56,16 @@ def test_a_known_law_gives_its_exact_posterior(encoder: str, tmp_path: Path) -> 
     np.testing.assert_allclose(features.numpy(), joint - np.logaddexp.reduce(joint, axis=1, keepdims=True), atol=1e-5)
 
 
+def test_a_guided_generator_answers_as_it_would_without() -> None:
+    """Errors of a guided denoiser would say something else."""
+    spec = UNetSpec(SHAPE, K, 0.5, (8, 16), 1, 0.0, label_dropout=0.1)
+    torch.manual_seed(0)
+    model = UNetGenerator(spec).eval().requires_grad_(False)
+    expected = posterior(model, 3)(images(6))
+    model.guidance = 4.0
+    assert torch.equal(posterior(model, 3)(images(6)), expected)
+
+
 @pytest.mark.parametrize("components", [1, 2])
 def test_denoising_errors_converge_to_the_exact_posterior(components: int) -> None:
     model: Any = gaussians()

@@ -13,7 +13,7 @@ from csm.datasets.real import build
 from csm.errors import InputError
 from csm.generators.config import GeneratorConfig
 from csm.generators.fitting import FitJob, fit_generator, fit_job
-from csm.generators.unet import UNetGenerator
+from csm.generators.unet import NO_CLASS, UNetGenerator
 from csm.world import ALONE, World
 
 TINY = GeneratorConfig(block_channels=(8, 16), steps=6, batch_size=8, dropout=0.1, checkpoint_steps=3, ema_halflife=40)
@@ -116,6 +116,27 @@ def test_the_averaged_weights_are_given_back_not_the_last_ones() -> None:
     average, last = state["average"][name], state["model"][name]  # the 40th step, at the end of the cosine, moves hardly anything
     assert (weights[name] - (keep * average + (1 - keep) * last)).abs().max() < 1e-4
     assert (weights[name] - last).abs().max() > 5e-4
+
+
+def test_a_share_of_the_images_is_shown_without_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[torch.Tensor] = []
+    forward = UNetGenerator.forward
+
+    def watched(self: UNetGenerator, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        shown.append(labels)
+        return forward(self, x, sigma, labels)
+
+    monkeypatch.setattr(UNetGenerator, "forward", watched)
+    config = replace(TINY, steps=30, batch_size=64)
+    assert not fit(config).guides
+    plain = torch.cat(shown)
+    shown.clear()
+    model = fit(replace(config, label_dropout=0.2))
+    dropped = torch.cat(shown)
+    assert model.guides
+    assert (dropped == NO_CLASS).float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert torch.equal(dropped[dropped != NO_CLASS], plain[dropped != NO_CLASS])  # everything else is drawn as before
+    assert set(plain.tolist()) == {0, 1}
 
 
 def test_a_loss_that_is_not_finite_stops_the_training() -> None:

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from torch import nn
 
 from csm.errors import InputError
 from csm.generators import load_generator
-from csm.generators.unet import UNetGenerator, UNetSpec, load_unet
+from csm.generators.guidance import set_guidance
+from csm.generators.unet import NO_CLASS, UNetGenerator, UNetSpec, load_unet
 
 SPEC = UNetSpec(shape=(8, 8, 1), n_classes=3, sigma_data=0.4, block_channels=(8, 16), layers_per_block=1, dropout=0.0)
 
@@ -119,6 +121,27 @@ def test_a_saved_generator_is_the_same(tmp_path: Path) -> None:
     labels, sigma = torch.tensor([2, 0, 1]), torch.tensor([0.1, 1.0, 10.0])
     assert torch.equal(again.embed(labels), model.embed(labels))
     assert torch.equal(again.denoise(batch(), sigma, again.embed(labels)), model.denoise(batch(), sigma, model.embed(labels)))
+
+
+def test_no_class_is_the_condition_0_and_guidance_leads_away_from_it() -> None:
+    model, x, sigma = generator(replace(SPEC, label_dropout=0.1)), batch(), torch.tensor([0.1, 1.0, 10.0])
+    condition = model.embed(torch.tensor([2, 0, 1]))
+    with_class, without = (model.denoise(x, sigma, each) for each in (condition, torch.zeros_like(condition)))
+    shown = model(x, sigma, torch.tensor([2, NO_CLASS, 1]))
+    assert torch.allclose(shown, torch.stack([with_class[0], without[1], with_class[2]]), atol=1e-5)
+    set_guidance(model, 2.5)
+    assert torch.allclose(model.denoise(x, sigma, condition), without + 2.5 * (with_class - without), atol=1e-4)
+    assert (with_class - without).abs().max() > 1e-3
+
+
+def test_only_who_saw_images_without_a_class_can_be_guided(tmp_path: Path) -> None:
+    generator(replace(SPEC, label_dropout=0.1)).save(tmp_path)
+    set_guidance(load_unet(tmp_path), 3.0)
+    with pytest.raises(
+        InputError, match=r"^mix.guidance: this generator has no condition of no class, .* expected 1, got 3; train"
+    ):
+        set_guidance(generator(), 3.0)
+    set_guidance(generator(), 1.0)
 
 
 def test_truncated_weights_are_named(tmp_path: Path) -> None:

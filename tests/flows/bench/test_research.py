@@ -62,7 +62,7 @@ def test_both_splits_are_shown_and_marked(capsys):
 def test_an_unknown_study_is_refused_before_anything_is_made(csm, tmp_path):
     done = csm("bench", "research", "nope", "--workspace", str(tmp_path / "w"))
     assert done.returncode == 2
-    assert done.stderr.startswith("csm: STUDY: unknown 'nope'; one of amount, generator, images,")
+    assert done.stderr.startswith("csm: STUDY: unknown 'nope'; one of amount, generator, guidance, images,")
     assert not list(tmp_path.iterdir())
 
 
