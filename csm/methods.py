@@ -100,8 +100,10 @@ def identity(method: Method) -> dict[str, Any]:
     """
     later = {"members": 1, "optimizer": {}}
     values = {**asdict(method), "description": ""}
-    if method.mixed and method.mixed.kinds == ("semantic",):
-        del values["mixed"]["images"]
+    if method.mixed and len(method.mixed.kinds) == 1:
+        (values["mixed"]["images"],) = method.mixed.kinds  # a list of one kind is that kind
+        if method.mixed.kinds == ("semantic",):
+            del values["mixed"]["images"]
     return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 

@@ -119,12 +119,15 @@ def sample(
     return _arrived([_denoise(seeds, denoiser(generator, condition), generator, shape, sampler)], _end_of_queue(generator.device))
 
 
-def evaluations_per_image(sampler: SamplerConfig, operator: str, ratios: Sequence[float], kind: str = "semantic") -> float:
-    """Network evaluations for one image of ``kind``, on average over images of ``ratios``."""
+def evaluations_per_image(
+    sampler: SamplerConfig, operator: str, ratios: Sequence[float], kind: str = "semantic", guidance: float = 1.0
+) -> float:
+    """Network evaluations for one image of ``kind`` under ``guidance``, on average over images of ``ratios``."""
     if kind not in GENERATED:
         return 0.0
     shares = torch.zeros(1) if kind == "unmixed" else torch.tensor(ratios)
-    return sampling.evaluations(sampler) * evaluations(operator, shares).double().mean().item()
+    each = 1 if guidance == 1 else 2
+    return each * sampling.evaluations(sampler) * evaluations(operator, shares).double().mean().item()
 
 
 _OF_REAL: dict[str, Callable[[pl.DataFrame, TrainingImages], torch.Tensor]] = {"pixel": pixel_mixtures, "real": real_images}

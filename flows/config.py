@@ -15,6 +15,7 @@ from csm.datasets.shifts import ShiftConfig, check_shift
 from csm.errors import InputError
 from csm.generators.conditioning import OPERATORS
 from csm.generators.config import GeneratorConfig
+from csm.generators.importing import IMPORTERS
 from csm.locations import is_remote
 from csm.methods import Method
 from csm.mixing import NOISED
@@ -110,6 +111,16 @@ class Config:
         """Annotators that are run, among them "auto" if it is asked for: ``annotate.annotator`` and those of the chosen methods."""
         named = (self.annotator_of(method) for method in self.train.chosen.values() if method.mixed)
         return tuple(dict.fromkeys((*named, self.annotate.annotator)))
+
+    @property
+    def own_guidance(self) -> float:
+        """Scale of guidance of the generator as it is: that with which it was imported."""
+        return self.generator.guidance if self.generator.path else 1.0
+
+    @property
+    def guidance(self) -> float:
+        """Scale of guidance under which images are made; 1 is none."""
+        return self.own_guidance if self.mix.guidance is None else self.mix.guidance
 
     @property
     def mixes(self) -> bool:
@@ -230,10 +241,14 @@ def _check_names(config: Config) -> Config:
 
 
 def _check_guidance(config: Config) -> None:
-    """Of a generator that is made here; what an imported one knows is seen when it is there."""
-    generator, guidance = config.generator, config.mix.guidance
+    """Of a generator that is made here; of an imported one the stage `generator` sees to it."""
+    generator, guidance = config.generator, config.guidance
+    if generator.path or generator.kind in IMPORTERS:
+        return
+    if generator.guidance != 1:
+        raise InputError("generator.guidance: is of an imported model, and this one is made here; set mix.guidance")
     trained = generator.kind in ("auto", "unet")
-    if guidance in (None, 1) or generator.path or (trained and generator.label_dropout):
+    if guidance == 1 or (trained and generator.label_dropout):
         return
     remedy = (
         "set generator.label_dropout=0.1, which trains it anew" if trained else "only trained and imported networks can be guided"
@@ -256,7 +271,7 @@ def check_sets(train: TrainConfig, plan: PlanConfig) -> None:
 def _check_images(train: TrainConfig, plan: PlanConfig) -> None:
     """The images that chosen methods train on must be planned."""
     asked = [(name, kind) for name, method in train.chosen.items() if method.mixed for kind in method.mixed.kinds]
-    needed = ", ".join(kind for kind in KINDS if kind in (*plan.kinds, *dict(asked).values()))
+    needed = ", ".join(kind for kind in KINDS if kind in (*plan.kinds, *(kind for _, kind in asked)))
     for name, kind in asked:
         if kind not in plan.kinds:
             raise InputError(f"train.methods.{name}.mixed.images: {kind} images are not planned: --set 'plan.kinds=[{needed}]'")

@@ -122,7 +122,7 @@ def _mixing(config: Config, info: DatasetInfo) -> list[Load]:
     pairs = min(possible, n * int(plan.pairs_per_class)) if chosen else possible if plan.pairs == "all" else len(plan.pairs)
     of_sets = pairs * plan.sets * len(ratios)
     shard = min(of_sets, max(1, plan.shard_rows // len(ratios)) * len(ratios))
-    each = evaluations_per_image(config.mix.sampler, config.mix.operator, ratios.tolist())
+    each = evaluations_per_image(config.mix.sampler, config.mix.operator, ratios.tolist(), guidance=config.guidance)
     weights = mixing_weights(plan.kinds, config.mix.sampler, config.mix.operator, ratios.tolist())
     most = "at most " if chosen else ""
     images = of_sets * sum(weights.values())

@@ -93,7 +93,7 @@ def _measurements(workspace: Workspace, config: Config, load: Load, device: str,
     elif load.stage == "mix":
         mix = config.mix
         yield partial(
-            mixing_rate, source, mix.sampler, mix.batch_size, mix.operator, mix.precision, device, seconds, mix.guidance
+            mixing_rate, source, mix.sampler, mix.batch_size, mix.operator, mix.precision, device, seconds, config.guidance
         )
     elif load.stage in ("train", "fit-teacher"):
         train = config.train if load.stage == "train" else teacher
@@ -189,8 +189,9 @@ def _mix_record(workspace: Workspace, config: Config) -> Recorded:
             images, seconds = images + rows * weight, seconds + spent
     if not images:
         return None
-    was = evaluations_per_image(sampler, before["operator"], ratios)
-    now = evaluations_per_image(config.mix.sampler, config.mix.operator, ratios)
+    guidance = before.get("guidance", config.own_guidance)
+    was = evaluations_per_image(sampler, before["operator"], ratios, guidance=guidance)
+    now = evaluations_per_image(config.mix.sampler, config.mix.operator, ratios, guidance=config.guidance)
     return images, seconds * now / was, "" if now == was else f", scaled from {was:g} to {now:g} evaluations"
 
 

@@ -105,12 +105,19 @@ def _card(
         class_names=info.class_names,
         generator=storage.read_json(workspace.generator / "generator.json")["kind"],
         plan=asdict(config.plan),
-        mix=asdict(config.mix),
+        mix=_mixing(config),
         annotator=None if annotator == NONE else annotator,
         calibration=None if annotator == NONE else calibration_of(workspace, annotator),
         digests=digests,
         kind=kind,
     )
+
+
+def _mixing(config: Config) -> dict[str, Any]:
+    """How the images were made, with the scale of guidance if there was any."""
+    mix = asdict(config.mix)
+    del mix["guidance"]
+    return mix if config.guidance == 1 else mix | {"guidance": config.guidance}
 
 
 def _open_output(output: Path, card: Card) -> bool:

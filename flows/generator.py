@@ -13,6 +13,7 @@ from flows.fit_generator import fit_generator
 from flows.import_generator import import_generator, kind_of_model, model_files
 from flows.stages import Context, Made, Stage
 
+UNGUIDED = ("edm", "diffusers-unet")  # kinds of imported models that know no images without a class
 IMPORT_SETTINGS = ("path", "kind", "classes", "guidance", "prompt")
 
 
@@ -33,8 +34,13 @@ def check_generator(verb: str, config: GeneratorConfig) -> None:
 
 
 def _check(context: Context) -> None:
-    if context.config.generator.kind == "truth" and not context.workspace.truth.is_dir():
+    config = context.config
+    if config.generator.kind == "truth" and not context.workspace.truth.is_dir():
         raise InputError("generator.kind: truth needs data whose law is known: set data.source=gaussians, or another kind")
+    if config.guidance != 1 and config.generator.path and (kind := kind_of_model(config.generator)) in UNGUIDED:
+        raise InputError(
+            f"mix.guidance: expected 1, got {config.guidance:g}: a model of kind {kind} has no condition of no class"
+        )
 
 
 def _run(context: Context, record: StageRecord) -> Made:

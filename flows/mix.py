@@ -63,16 +63,12 @@ def _run(context: Context, record: StageRecord) -> Made:
         work = partial(process_shards, job, followers, config.resources.mix, config.resources.annotate)
         total, made = sum(rows.values()), sum(rows[shard] for shard in done)
         process(context, record, work, all_parts, set(parts), "images", total, made, before)
-    guidance = config.generator.guidance if config.mix.guidance is None else config.mix.guidance
-    per_image = (
-        (1 if guidance == 1 else 2)
-        * sum(
-            evaluations_per_image(config.mix.sampler, config.mix.operator, ratio_grid(config.plan).tolist(), kind)
-            * sum(plan_shards(workspace.plan, kind).values())
-            for kind in config.plan.kinds
-        )
-        / sum(rows.values())
-    )
+    ratios = ratio_grid(config.plan).tolist()
+    per_image = sum(
+        evaluations_per_image(config.mix.sampler, config.mix.operator, ratios, kind, config.guidance)
+        * sum(plan_shards(workspace.plan, kind).values())
+        for kind in config.plan.kinds
+    ) / sum(rows.values())
     context.tracker.log_metrics(f"stage {record.name} {record.fingerprint}", {"evaluations_per_image": per_image})
     return Made(sum(rows.values()), record.fingerprint)
 
@@ -141,16 +137,16 @@ def remove_other_parts(directory: Path, files: Collection[str], rows: Collection
 
 
 def _check(context: Context) -> None:
-    """The generator must know the operator, no class, and the noise level of images that start from real ones: seen once it is there."""
+    """The generator must know the operator, guidance, and the noise level of images that start from real ones: seen once it is there."""
     config, workspace = context.config, context.workspace
-    is_spherical, is_noised, guidance = config.mix.operator == "slerp", NOISED in config.plan.kinds, config.mix.guidance
-    if not (is_spherical or is_noised or guidance is not None) or not (workspace.generator / "generator.json").is_file():
+    is_spherical, is_noised = config.mix.operator == "slerp", NOISED in config.plan.kinds
+    awaited = "generator" in context.forced and "generator" not in context.outcomes
+    if not (is_spherical or is_noised or config.guidance != 1) or awaited or stale(context, "generator") is not None:
         return
     generator = load_generator(workspace.generator)
     if is_spherical:
         check_spherical(generator)
-    if guidance is not None:
-        set_guidance(generator, guidance)
+    set_guidance(generator, config.guidance)
     if is_noised:
         starting_at(config.mix.strength, config.mix.sampler, generator, RealDataset.load_info(workspace.root).shape)
 
@@ -158,7 +154,7 @@ def _check(context: Context) -> None:
 def _settings(config: Config) -> dict[str, Any]:
     """Those that the images depend on."""
     without = {"strength"} if NOISED not in config.plan.kinds else set()
-    if config.mix.guidance is None:  # a later setting
+    if config.guidance == config.own_guidance:  # which images of the generator have anyway
         without.add("guidance")
     return {"mix": {name: value for name, value in asdict(config.mix).items() if name not in without}}
 

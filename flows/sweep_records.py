@@ -20,6 +20,11 @@ from flows.sweeps import trial_config
 
 Estimate = tuple[float, float | None, float | None]  # mean over seeds, and the ends of its 95 % interval if it can be told
 
+LATER = (
+    ("generator", "label_dropout", 0.0),
+    ("mix", "guidance", None),
+)  # settings that older sweeps do not have, with their defaults
+
 
 @dataclass(frozen=True)
 class TrialRecord:
@@ -153,7 +158,10 @@ def sweep_settings(config: Config) -> dict[str, Any]:
     chosen = {name: {**values["train"]["methods"][name], "description": ""} for name in sorted(methods or {config.tune.method})}
     tune = {key: value for key, value in values["tune"].items() if key not in ("trials", "concurrent")}
     train = {key: values["train"][key] for key in ("network", "parameters", "optimizer", "workers")}
-    sections = {key: values[key] for key in ("data", "generator", "plan", "mix", "annotate")}
+    sections = {key: dict(values[key]) for key in ("data", "generator", "plan", "mix", "annotate")}
+    for section, key, default in LATER:
+        if sections[section][key] == default:
+            del sections[section][key]
     bins = {"bins": values["evaluate"]["bins"]}
     space = dotted(tune["space"])
     settings = {"tune": {**tune, "space": space}, **sections, "train": {**train, "methods": chosen}, "evaluate": bins}

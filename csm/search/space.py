@@ -126,6 +126,12 @@ class SearchSpace:
                 branch = domain.branches[domain.encode(value)]
                 yield from branch._walk(decide, f"{before}{key}={identity(value)} ")
 
+    def choices(self, key: str) -> tuple[Any, ...]:
+        """All that may be chosen for ``key``, wherever it stands; nothing where it is a range."""
+        return tuple(
+            value for name, domain in self._domains() if name == key and isinstance(domain, Choice) for value in domain.values
+        )
+
     def _domains(self) -> Iterator[tuple[str, Domain]]:
         for key, domain in self.entries:
             yield key, domain

@@ -115,7 +115,7 @@ def _work(plan: RecipePlan, size: Size, dataset: str, asked: Sequence[str], seed
     chosen = tuple(name for name in plan.with_needed(asked) if name in possible) if asked else tuple(everything)
     methods = {name: base_settings(plan, config, name, {}) for name in dict.fromkeys((*everything, *chosen))}
     # Images for all of them, so that a workspace in which some methods are compared is good for the others.
-    changes = {"plan.kinds": image_kinds(methods, [plan.methods[name].space for name in methods]), "train.compare": list(chosen)}
+    changes = {"plan.kinds": image_kinds(methods, [plan.space(name) for name in methods]), "train.compare": list(chosen)}
     return Work(Path(dataset).stem, with_methods(config, methods, changes), chosen)
 
 

@@ -27,7 +27,12 @@ def markdown(rows: Sequence[Row], targets: Sequence[Reach]) -> str:
         of = [row for row in rows if row["dataset"] == dataset]
         lines += [f"## {dataset}", "", _about(of), "", *_methods(of), ""]
         if chosen := _chosen(of):
-            lines += ["What the search chose, where that is not the method as it stands:", "", *chosen, ""]
+            lines += [
+                "Settings that the search chose or the plan gives, where the method has others as it stands:",
+                "",
+                *chosen,
+                "",
+            ]
         if here := [each for each in targets if each.dataset == dataset]:
             lines += [f"{sum(each.reached for each in here)} of {len(here)} targets reached.", "", *_targets(here), ""]
     return "\n".join(lines)

@@ -185,13 +185,13 @@ def base_settings(plan: RecipePlan, config: Config, name: str, chosen: Mapping[s
     return {**made, "description": known[name].description} if name in known else made
 
 
-def image_kinds(methods: Mapping[str, Mapping[str, Any]], spaces: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+def image_kinds(methods: Mapping[str, Mapping[str, Any]], spaces: Sequence[SearchSpace] = ()) -> list[str]:
     """Kinds of images that a plan must have for ``methods``, name -> settings, and for ``spaces``, of keys such as ``mixed.images``.
 
     Semantic mixtures are among them in any case.
     """
     asked = ["semantic", *(method["mixed"]["images"] for method in methods.values() if method.get("mixed"))]
-    asked += [value for space in spaces for value in space.get("mixed.images") or ()]
+    asked += [value for space in spaces for value in space.choices("mixed.images")]
     needed = {kind for images in asked for kind in ([images] if isinstance(images, str) else images)}
     return [kind for kind in KINDS if kind in needed]
 

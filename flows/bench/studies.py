@@ -19,6 +19,7 @@ from flows.bench.recipe_plan import image_kinds, settings, with_methods
 from flows.config import Config, load_config
 from flows.config_errors import explain
 from flows.config_layers import merge
+from flows.progress import say
 
 OF_METHOD = "method."
 BASE = "{base}"  # in a value: the folder of the workspace in which nothing but methods differ
@@ -99,7 +100,7 @@ def parse_study(name: str, values: Any) -> Study:
 def choose_studies(asked: Sequence[str], studies: Mapping[str, Study], datasets: Sequence[str] = ()) -> dict[str, Study]:
     """Those that were ``asked`` for, each once, on the data of ``datasets``; all if none were.
 
-    A study is left out if it asks nothing about any of the ``datasets``.
+    A study is left out, and that is said of one that was asked for, if it asks nothing about any of the ``datasets``.
 
     Raises:
         InputError: an unknown study, or a data set that none of these studies has.
@@ -111,6 +112,9 @@ def choose_studies(asked: Sequence[str], studies: Mapping[str, Study], datasets:
     for name in datasets:
         check_name("--datasets", name, known)
     kept = {name: [one for one in study.configs if not datasets or dataset(one) in datasets] for name, study in chosen.items()}
+    for name in asked:
+        if not kept[name]:
+            say(f"research: {name} is not asked about {', '.join(datasets)}: left out")
     return {name: replace(chosen[name], configs=tuple(configs)) for name, configs in kept.items() if configs}
 
 

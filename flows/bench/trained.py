@@ -5,15 +5,20 @@ from pathlib import Path
 from csm.datasets.digits import digits_hard
 from csm.generators import Generator, load_generator
 from csm.generators.config import GeneratorConfig
+from csm.generators.guidance import set_guidance
+from flows.config import load_config
 from flows.progress import task
 
 DEMO = GeneratorConfig(block_channels=(16, 32), steps=600)
 
 
 def trained_generator(workspace: Path | None) -> Generator:
-    """That of ``workspace``; without one, a UNet of the demo's settings, trained here on ``digits-hard`` (about a minute)."""
+    """That of ``workspace``, guided as its images are; without one, a UNet of the demo's settings, trained here (about a minute)."""
     if workspace:
-        return load_generator(workspace / "generator")
+        generator, config = load_generator(workspace / "generator"), workspace / "config.yaml"
+        if config.is_file():
+            set_guidance(generator, load_config(str(config)).guidance)
+        return generator
     from csm.generators.fitting import fit_generator  # importing diffusers takes seconds; only who needs it pays
 
     data = digits_hard()

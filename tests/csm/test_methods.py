@@ -3,7 +3,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from csm.methods import MixedTerm
+from csm.methods import Method, MixedTerm, identity
 
 EPOCHS = 8
 
@@ -71,3 +71,10 @@ def test_what_makes_no_sense_is_refused(settings: dict[str, object]) -> None:
 )
 def test_semantic_mixing_is_of_images_between_classes_from_a_generator(settings: dict[str, str], ours: bool) -> None:
     assert MixedTerm(**settings).is_semantic is ours
+
+
+def test_a_list_of_one_kind_of_images_is_that_kind() -> None:
+    for kind, schedule in (("semantic", "interior"), ("noised", "interior"), ("unmixed", "uniform")):
+        one, several = (Method(mixed=MixedTerm(images=images, schedule=schedule)) for images in (kind, (kind,)))
+        assert identity(one) == identity(several)
+    assert identity(Method(mixed=MixedTerm(images=("semantic", "noised")))) != identity(Method(mixed=MixedTerm(images="noised")))

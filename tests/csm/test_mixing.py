@@ -106,7 +106,9 @@ def test_slerp_of_grey_levels_is_linear() -> None:
 def test_evaluations_are_those_that_mixing_makes(operator: str, ratios: object) -> None:
     rows, generator = plan(ratios=ratios), Flat()
     mix(rows, generator, SHAPE, SAMPLER, batch_size=7, operator=operator)
-    assert generator.rows == pytest.approx(len(rows) * evaluations_per_image(SAMPLER, operator, rows["lam"].to_list()))
+    each = evaluations_per_image(SAMPLER, operator, rows["lam"].to_list())
+    assert generator.rows == pytest.approx(len(rows) * each)
+    assert evaluations_per_image(SAMPLER, operator, rows["lam"].to_list(), guidance=3.0) == 2 * each
 
 
 def test_operators_make_different_pictures_between_the_same_ends(network: UNetGenerator) -> None:

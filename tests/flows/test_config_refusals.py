@@ -275,6 +275,14 @@ def test_schedules_that_cannot_be_are_refused(overrides, said):
             ["mix.guidance=2", "generator.kind=gaussians"],
             "mix.guidance: expected 1, got 2: this generator knows no images without a cl",
         ),
+        (
+            ["generator.guidance=2", "generator.label_dropout=0.1"],
+            "generator.guidance: is of an imported model, and this one is made",
+        ),
+        (
+            ["train.methods.csm.mixed={images: [semantic, unmixed, noised], schedule: uniform}"],
+            "train.methods.csm.mixed.images: unmixed images are not planned: --set 'plan.kinds=[semantic, unmixed, noised]'",
+        ),
         (["mix.guidance=-1"], "mix.guidance: expected a number greater than or equal to 0, got -1"),
     ],
 )

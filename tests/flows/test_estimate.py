@@ -190,6 +190,18 @@ def test_mixing_here_before_gives_the_rate_scaled_by_evaluations(root: Path) -> 
     assert "from 13 to 39 evaluations" in rate.note
 
 
+def test_guidance_doubles_the_evaluations(root: Path) -> None:
+    plain, guided = (configuration("generator.label_dropout=0.1", *more) for more in ([], ["mix.guidance=2"]))
+    write_receipts(root, ("mixed", 0, 90, 20.0))
+    done(root, plain, "generator")
+    done(root, plain, "mix", generator="digest of generator")
+    rates = [recorded(Workspace(root), config, by_stage(config)["mix"]) for config in (plain, guided)]
+    assert [rate and rate.images_per_s for rate in rates] == pytest.approx([4.5, 2.25])
+    assert rates[1] is not None
+    assert "from 13 to 26 evaluations" in rates[1].note
+    assert "x 26 evaluations" in by_stage(guided)["mix"].what
+
+
 @pytest.mark.parametrize("override", ["generator.block_channels=[8, 8]", "resources.mix.cpus=2", "resources.mix.gpus=1"])
 def test_mixing_by_another_network_or_on_other_workers_says_nothing(root: Path, override: str) -> None:
     config = configuration()

@@ -128,6 +128,13 @@ def test_a_model_that_is_gone_or_damaged_is_named(call, model, config, tmp_path)
         assert f"{tmp_path / 'edm.pkl'} does not exist" in said.splitlines()[-1]
 
 
+def test_guidance_of_a_model_without_images_of_no_class_is_refused(call, model, config, tmp_path):
+    code, said = call("import-generator", model("edm"), "--config", config("edm", guidance=3), "--workspace", "w")
+    assert code == 2
+    assert said.splitlines()[-1] == "csm: mix.guidance: expected 1, got 3: a model of kind edm has no condition of no class"
+    assert not (tmp_path / "w" / "generator" / "generator.json").exists()
+
+
 def test_weights_that_are_not_finite_are_not_taken(call, config, edm_snapshot, tmp_path):
     checkpoint = edm_snapshot("ddpmpp-edm")
     next(iter(checkpoint.tensors.values())).view(-1)[0] = float("nan")

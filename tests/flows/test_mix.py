@@ -4,6 +4,8 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.shards import Receipt
+from csm.errors import InputError
+from csm.generators.unet import UNetGenerator, UNetSpec
 from flows import mix
 from flows.artifacts import StageRecord, Workspace
 from flows.config import load_config
@@ -52,10 +54,27 @@ def test_guidance_is_a_setting_of_the_images_and_of_no_image_that_was_made_witho
         mix.STAGE.settings(load_config("digits", ["generator.label_dropout=0.1", *more])) for more in ([], ["mix.guidance=2"])
     )
     assert "guidance" not in plain["mix"]
+    assert mix.STAGE.settings(load_config("digits", ["mix.guidance=1"]))["mix"] == plain["mix"]
     assert guided["mix"] == plain["mix"] | {"guidance": 2.0}
     assert not mix.STAGE.grows(plain, guided)
     assert mix.STAGE.grows(plain, {"mix": plain["mix"] | {"strength": 1.0}})
     assert not mix.STAGE.grows({"mix": plain["mix"] | {"strength": 1.0}}, {"mix": plain["mix"] | {"strength": 2.0}})
+
+
+@pytest.mark.parametrize(
+    ("forced", "made", "refused"), [((), (), True), (("generator",), (), False), (("generator",), ("generator",), True)]
+)
+def test_a_generator_that_is_about_to_be_replaced_is_not_asked_for_guidance(forced, made, refused, tmp_path, monkeypatch):
+    """What the refusal advises, label dropout and another generator, must not meet the same refusal."""
+    monkeypatch.setattr(mix, "stale", lambda context, name: None)
+    UNetGenerator(UNetSpec((8, 8, 1), 10, 0.5, (8, 16), 1, 0.0)).save(tmp_path / "generator")
+    config = load_config("digits", ["generator.label_dropout=0.1", "mix.guidance=2"])
+    context = SimpleNamespace(config=config, workspace=Workspace(tmp_path), forced=forced, outcomes=dict.fromkeys(made))
+    if not refused:
+        mix.STAGE.check(context)
+        return
+    with pytest.raises(InputError, match=r"mix\.guidance: this generator has no condition of no class"):
+        mix.STAGE.check(context)
 
 
 def test_progress_goes_to_the_terminal_and_to_mlflow_while_it_runs(context, clock, capsys):

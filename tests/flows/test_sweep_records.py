@@ -95,6 +95,14 @@ def test_choices_that_are_no_text_are_the_same_sweep_again(folder):
     assert folder.open(config) == first
 
 
+def test_a_sweep_of_before_there_was_guidance_goes_on():
+    settings = sweep_settings(load_config("digits"))
+    assert "guidance" not in settings["mix"]
+    assert "label_dropout" not in settings["generator"]
+    guided = sweep_settings(load_config("digits", ["generator.label_dropout=0.1", "mix.guidance=2"]))
+    assert (guided["mix"]["guidance"], guided["generator"]["label_dropout"]) == (2.0, 0.1)
+
+
 def test_another_sweep_is_refused_once_there_are_trials(folder):
     first = folder.open(load_config("demo"))
     other = load_config("demo", ["tune.seeds=2"])

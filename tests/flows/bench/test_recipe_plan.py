@@ -3,6 +3,7 @@ import yaml
 
 from csm.errors import InputError
 from csm.methods import Method, MixedTerm
+from csm.search.space import parse_space
 from flows.bench.recipe_plan import base_settings, check_datasets, image_kinds, read_plan, settings
 from flows.config import load_config
 
@@ -123,6 +124,7 @@ def test_kinds_of_images_that_methods_need():
     assert image_kinds(made) == ["semantic", "unmixed", "pixel"]
     several = MixedTerm(images=("noised", "semantic"))
     assert image_kinds({"several": settings(Method(mixed=several), {}, "", 1)}) == ["semantic", "noised"]
-    searched = [{"mixed.images": ["pixel", ["real", "semantic"]]}, {"mixed.images": None}, {}]
-    assert image_kinds({}, searched) == ["semantic", "pixel", "real"]
+    nested = {"mixed.weight": {"values": {4: {"mixed.images": ["noised"]}, 16: {}}}}
+    spaces = [{"mixed": {"images": ["pixel", ["real", "semantic"]]}}, {"mixed.weight": [1]}, nested]
+    assert image_kinds({}, [parse_space(space) for space in spaces]) == ["semantic", "pixel", "noised", "real"]
     assert image_kinds({"plain": settings(Method(), {}, "", 1)}) == ["semantic"]

@@ -129,7 +129,7 @@ def test_methods_are_compared_with_the_reference_whatever_workspace_they_are_in(
     assert {each["study"] for each in json.loads((root / "research.json").read_text())} == {"losses", "length"}
 
 
-def test_one_of_the_data_sets_is_measured_and_the_rows_of_the_other_stay(path, serial, tmp_path):
+def test_one_of_the_data_sets_is_measured_and_the_rows_of_the_other_stay(path, serial, tmp_path, capfd):
     other = Path(path).with_name("other.yaml")
     other.write_text(Path(path).read_text())
     two = {
@@ -143,6 +143,8 @@ def test_one_of_the_data_sets_is_measured_and_the_rows_of_the_other_stay(path, s
     assert [row["dataset"] for row in found] == ["small"] * 2
     assert [row["dataset"] for row in json.loads((tmp_path / "research.json").read_text())] == ["other"] * 2 + ["small"] * 2
     assert "### other, 1 seeds" in (tmp_path / "losses.md").read_text()
+    assert research(tmp_path, ["here", "losses"], 1, studies=two, datasets=["other"]).rows[0]["study"] == "losses"
+    assert "research: here is not asked about other: left out" in capfd.readouterr().err
     with pytest.raises(InputError, match=r"^--datasets: unknown 'other'; one of small$"):
         research(tmp_path, ["here"], 1, studies=two, datasets=["other"])
 
