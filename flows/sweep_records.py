@@ -20,10 +20,8 @@ from flows.sweeps import trial_config
 
 Estimate = tuple[float, float | None, float | None]  # mean over seeds, and the ends of its 95 % interval if it can be told
 
-LATER = (
-    ("generator", "label_dropout", 0.0),
-    ("mix", "guidance", None),
-)  # settings that older sweeps do not have, with their defaults
+# Settings that older sweeps do not have, with their defaults.
+LATER = (("generator", "label_dropout", 0.0), ("mix", "guidance", None))
 
 
 @dataclass(frozen=True)
