@@ -4,14 +4,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -23,103 +20,7 @@ from flows.stages import Context
 from flows.tracking import Tracker
 from flows.tracking_address import Address
 from flows.tracking_store import ranges
-
-
-class Rest:
-    """What a server keeps: runs by id, each with its tags, parameters, points and statuses; ``calls`` counts requests by name."""
-
-    def __init__(self):
-        self.runs, self.calls, self.experiment = {}, [], False
-        self.seconds, self.status, self.refuse = 0.0, 200, ""
-
-    def answer(self, method, name, body):
-        if self.status != 200:
-            return self.status, {"error_code": "TEMPORARILY_UNAVAILABLE", "message": "busy"}
-        if self.refuse and self.refuse in json.dumps(body):
-            return 400, {"error_code": "INVALID_PARAMETER_VALUE", "message": f"no {self.refuse}"}
-        return getattr(self, re.sub(r"\W", "_", name))(body)
-
-    def experiments_get_by_name(self, body):
-        if not self.experiment:
-            return 404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "none"}
-        return 200, {"experiment": {"experiment_id": "1", "name": "csm", "lifecycle_stage": "active"}}
-
-    def experiments_create(self, body):
-        self.experiment = True
-        return 200, {"experiment_id": "1"}
-
-    def runs_create(self, body):
-        run = f"{len(self.runs):032x}"
-        tags = {tag["key"]: tag["value"] for tag in body["tags"]}
-        self.runs[run] = {"name": body["run_name"], "tags": tags, "points": {}, "status": ["RUNNING"], "params": {}}
-        return 200, {"run": self.run(run)}
-
-    def runs_search(self, body):
-        wanted = dict(re.findall(r"tags\.`(\S+)` = '([^']*)'", body["filter"]))
-        found = [run for run, kept in self.runs.items() if wanted.items() <= kept["tags"].items()]
-        return 200, {"runs": [self.run(run) for run in found]}
-
-    def runs_get(self, body):
-        return 200, {"run": self.run(body["run_id"])}
-
-    def runs_update(self, body):
-        self.runs[body["run_id"]]["status"].append(body["status"])
-        return 200, {"run_info": self.run(body["run_id"])["info"]}
-
-    def runs_log_batch(self, body):
-        run = self.runs[body["run_id"]]
-        run["params"] |= {param["key"]: param["value"] for param in body.get("params", [])}
-        run["tags"] |= {tag["key"]: tag["value"] for tag in body.get("tags", [])}
-        for point in body.get("metrics", []):
-            run["points"][point["key"], point["timestamp"], point.get("step", 0)] = point["value"]  # MLflow's primary key
-        return 200, {}
-
-    def run(self, run):
-        info = {"run_id": run, "experiment_id": "1", "status": self.runs[run]["status"][-1], "lifecycle_stage": "active"}
-        return {"info": {**info, "run_name": self.runs[run]["name"]}, "data": {}}
-
-    def named(self, name):
-        (run,) = [run for run in self.runs.values() if run["name"] == name]
-        return run
-
-
-@contextmanager
-def serving(rest, port=0):
-    class Handler(BaseHTTPRequestHandler):
-        def handle_one(self):
-            time.sleep(rest.seconds)
-            parts = urlsplit(self.path)
-            text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            body = json.loads(text) if text else {key: values[0] for key, values in parse_qs(parts.query).items()}
-            name = parts.path.partition("/mlflow/")[2].replace("/", "_").replace("-", "_")
-            rest.calls.append(name)
-            status, answer = rest.answer(self.command, name, body)
-            data = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        do_GET = do_POST = do_PATCH = handle_one  # noqa: N815
-
-        def log_message(self, *arguments):
-            """Quiet."""
-
-    class Quiet(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, request, address):
-            """A client that was killed."""
-
-    server = Quiet(("127.0.0.1", port), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+from tests.flows.rest import Rest, serving
 
 
 @pytest.fixture(autouse=True)
@@ -137,10 +38,16 @@ def rest():
 
 
 @pytest.fixture
-def port():
-    """A port on which nothing listens."""
-    with serving(Rest()) as uri:
-        return int(uri.rpartition(":")[2])
+def down():
+    """A socket bound to a port at which nothing listens yet, and no other process can."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound
+
+
+@pytest.fixture
+def port(down):
+    return down.getsockname()[1]
 
 
 def work(tracker, key="run", first=1):
@@ -155,7 +62,7 @@ def losses(run):
     return sorted((step, value) for (name, _, step), value in run["points"].items() if name == "loss")
 
 
-def test_a_server_that_is_down_is_said_once_and_the_next_command_sends_all(rest, port, tmp_path, capsys):
+def test_a_server_that_is_down_is_said_once_and_the_next_command_sends_all(rest, down, port, tmp_path, capsys):
     address = Address(f"http://user:hunter2@127.0.0.1:{port}")
     started = time.monotonic()
     tracker = Tracker(tmp_path, address)
@@ -172,7 +79,7 @@ def test_a_server_that_is_down_is_said_once_and_the_next_command_sends_all(rest,
         f"tracking: 4 records for http://***@127.0.0.1:{port} wait in {spool}; the next command with the same options sends them"
     )
     assert "hunter2" not in "".join(path.read_text() for path in tmp_path.iterdir())
-    with serving(rest, port):
+    with serving(rest, down):
         tracker = Tracker(tmp_path, address)
         assert tracker.is_finished("run")  # all that it should hold waits
         tracker.close()
@@ -184,11 +91,11 @@ def test_a_server_that_is_down_is_said_once_and_the_next_command_sends_all(rest,
     assert capsys.readouterr().err == ""
 
 
-def test_a_server_that_comes_up_during_the_work_gets_everything(rest, port, tmp_path):
+def test_a_server_that_comes_up_during_the_work_gets_everything(rest, down, port, tmp_path):
     tracker = Tracker(tmp_path, Address(f"http://127.0.0.1:{port}"))
     work(tracker)
     time.sleep(0.2)
-    with serving(rest, port):
+    with serving(rest, down):
         tracker.close()
     assert losses(rest.named("run")) == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
 
@@ -348,7 +255,7 @@ def test_no_system_metrics_where_mlflow_is_told_so(rest, tmp_path, monkeypatch):
         tracker.close()
 
 
-def test_a_command_names_its_data_and_passes_on_what_an_earlier_one_left(rest, port, tmp_path):
+def test_a_command_names_its_data_and_passes_on_what_an_earlier_one_left(rest, down, port, tmp_path):
     info = {"name": "digits", "shape": [8, 8, 1], "class_names": ["0", "1"], "mean": [0.5], "std": [0.2]}
     storage.write_json(tmp_path / "dataset.json", {**info, "counts": {"train": 6}, "digest": "d" * 16})
     address = Address(f"http://127.0.0.1:{port}")
@@ -366,7 +273,7 @@ def test_a_command_names_its_data_and_passes_on_what_an_earlier_one_left(rest, p
     assert nothing_waits._sender is None
     rest.log_inputs = []
     rest.runs_log_inputs = lambda body: rest.log_inputs.append(body) or (200, {})
-    with serving(rest, port):
+    with serving(rest, down):
         second = context()
         second.send_waiting()
         second.close("FINISHED")
