@@ -3,12 +3,13 @@ import torch
 from torch.nn import functional as F
 
 from csm.classifiers.small_cnn import SmallCNN
+from csm.errors import InputError
 
 
-def network(channels: int = 3, n_classes: int = 5, width: int = 4) -> SmallCNN:
+def network(channels: int = 3, n_classes: int = 5, width: int = 4, pool: int = 1) -> SmallCNN:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return SmallCNN(channels, n_classes, width).eval()
+        return SmallCNN(channels, n_classes, width, pool).eval()
 
 
 @pytest.mark.parametrize(("channels", "n_classes", "width"), [(1, 10, 32), (3, 2, 4)])
@@ -32,8 +33,9 @@ def test_the_image_may_have_any_size(size: tuple[int, int]) -> None:
     assert network()(torch.zeros(2, 3, *size)).shape == (2, 5)
 
 
-def test_evaluation_by_hand() -> None:
-    model, x = network(), torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("pool", [1, 3])
+def test_evaluation_by_hand(pool: int) -> None:
+    model, x = network(pool=pool), torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     weights = list(model.parameters())
     hidden = x
     for stage in range(4):
@@ -41,6 +43,15 @@ def test_evaluation_by_hand() -> None:
         hidden = F.relu(F.conv2d(hidden, weights[3 * stage], padding=1) / (1 + 1e-5) ** 0.5)
         if stage == 1:
             hidden = F.max_pool2d(hidden, 2)
-    logits = hidden.mean(dim=(2, 3)) @ weights[12].T + weights[13]
+    # Of 6x6 pixels 3x3 are left: each by itself, or their mean.
+    features = hidden.flatten(1) if pool == 3 else hidden.mean(dim=(2, 3))
+    assert features.shape[1] == 8 * pool**2
+    logits = features @ weights[12].T + weights[13]
     assert torch.allclose(model(x), logits, atol=1e-5)
     assert logits.std() > 0.01
+
+
+@pytest.mark.parametrize("setting", [{"width": 0}, {"pool": 0}])
+def test_what_is_no_network_is_refused(setting: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="expected width and pool of at least 1"):
+        network(**setting)
