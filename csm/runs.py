@@ -248,10 +248,11 @@ def _dataset(directory: Path, splits: tuple[str, ...], stamp: Stamp) -> RealData
 @lru_cache(maxsize=2)
 def _mixed_set(source: MixedSource, shape: tuple[int, int, int], n_classes: int, stamp: Stamp) -> MixedSet:
     """Read once for all runs of a process that share a source; of its folders only the part files of its kinds."""
-    return MixedSet.concat([_of_kind(source, kind, shape, n_classes) for kind in source.kinds])
+    return MixedSet.concat([read_mixed(source, kind, shape, n_classes) for kind in source.kinds])
 
 
-def _of_kind(source: MixedSource, kind: str, shape: tuple[int, int, int], n_classes: int) -> MixedSet:
+def read_mixed(source: MixedSource, kind: str, shape: tuple[int, int, int], n_classes: int) -> MixedSet:
+    """The images of ``kind`` that ``source`` names, of ``shape`` (H, W, C), with their labels; ``InputError`` if some lack."""
     plan = tables.read_plan(source.plan, kind)
     if plan.is_empty():
         raise InputError(f"{source.plan} plans no {kind} images: run csm plan again")

@@ -121,6 +121,7 @@ def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(add, los
 WANTING = "the 1 node(s) left, with 0 CPU and 0 GPU, have no room for mix (1 CPU, 0 GPU)"
 
 
+@pytest.mark.slow
 def test_pools_without_a_node_say_what_they_wait_for_and_go_on_with_the_next_one(add, lose, monkeypatch):
     monkeypatch.setattr(standing, "TICK_SECONDS", 0.5)
     node, receipts, told = add(), [], []

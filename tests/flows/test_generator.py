@@ -19,8 +19,8 @@ SHAPE = (8, 8, 3)
 KINDS = {"diffusers-unet": [1, 3], "dit": [1, 3], "stable-diffusion": [], "edm": [2, 9]}  # the model's classes of cat and dog
 CASES = [
     ("diffusers-unet", "embedding"),
-    ("edm", "score"),
-    ("stable-diffusion", "slerp"),
+    pytest.param("edm", "score", marks=pytest.mark.slow),
+    pytest.param("stable-diffusion", "slerp", marks=pytest.mark.slow),
     pytest.param("dit", "embedding", marks=pytest.mark.slow),
     pytest.param("stable-diffusion", "embedding", marks=pytest.mark.slow),
     pytest.param("edm", "embedding", marks=pytest.mark.slow),
@@ -159,6 +159,7 @@ def test_what_cannot_lie_on_a_sphere_is_refused(call, model, config, ray_address
     assert (tmp_path / "w" / "mixed" / "part-00000000.parquet").exists()  # refused before anything is removed
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_bfloat16_and_the_gaussians_of_the_data(call, model, config, ray_address, tmp_path):
     options = ("--config", config("dit", precision="bfloat16"), "--workspace", "w")

@@ -48,6 +48,7 @@ def benched(path, csm, ray_address, tmp_path_factory):
     return root, done, json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_row_for_each_method_and_seed_that_could_be_trained(benched):
     root, _, rows = benched
     assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for m in METHODS if m != "broken" for s in (0, 1)]
@@ -64,6 +65,7 @@ def test_a_row_for_each_method_and_seed_that_could_be_trained(benched):
     assert (root / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_what_failed_is_told_at_the_end_and_stops_nothing_else(benched):
     _, done, _ = benched
     assert done.returncode == 1
@@ -76,6 +78,7 @@ def test_what_failed_is_told_at_the_end_and_stops_nothing_else(benched):
     assert "† differs from cross-entropy" in done.stdout
 
 
+@pytest.mark.slow
 def test_again_it_trains_nothing_that_is_done(benched, path, capfd):
     root, _, rows = benched
     outcome = calibrate(configure(str(path), methods="cross-entropy,brier,mixup,csm"), root)
@@ -85,6 +88,7 @@ def test_again_it_trains_nothing_that_is_done(benched, path, capfd):
     assert "started" not in said
 
 
+@pytest.mark.slow
 def test_fewer_methods_and_seeds_need_no_training_either(benched, path, capfd):
     root, _, rows = benched
     outcome = calibrate(configure(str(path), methods="brier, cross-entropy", seeds=1), root)

@@ -1,0 +1,29 @@
+"""The scripts of docs/experiments run on a finished workspace; what they find is in docs/research.md."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "docs" / "experiments"
+SCRIPTS = sorted(path.stem for path in EXPERIMENTS.glob("*.py") if path.stem != "common")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_it_prints_a_row_for_each_case(finished, script):
+    command = [sys.executable, str(EXPERIMENTS / f"{script}.py"), str(finished.root), "--seeds", "1", "--epochs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[2:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
+    head, *rows = rows
+    assert len(head) == 7
+    assert len(rows) >= 5
+    assert all(float(figure) >= 0 for row in rows for figure in row[1:])
+
+
+def test_every_script_is_in_the_docs():
+    text = (EXPERIMENTS.parent / "research.md").read_text()
+    assert SCRIPTS
+    assert [script for script in SCRIPTS if f"docs/experiments/{script}.py" not in text] == []
