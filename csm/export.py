@@ -236,7 +236,7 @@ def _write_readme(directory: Path, pieces: Sequence[str], card: Card) -> None:
     )
     items = [
         "- `lam`: share of `class_a` that went into the image; the rest is `class_b`.",
-        f"- `mix_id`: names the image{_SHARED.get(card.kind, '')}.",
+        f"- `mix_id`: names the image{'' if card.plan.get('noise') == 'image' else _SHARED.get(card.kind, '')}.",
         *_describe_labels(card),
     ]
     title = "Mixed" if card.kind == "semantic" else card.kind.capitalize()

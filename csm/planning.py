@@ -40,7 +40,9 @@ class PlanConfig:
         ratios: number of ratios of a set, spaced by ``grid`` from 0 to 1 with both ends (paper: 8); or a list of rising ratios.
         grid: spacing, see ``GRIDS``: "uniform" (the paper's), "cosine" (denser at the ends) or "beta".
         alpha: of the "beta" grid, the quantiles of Beta(alpha, alpha): below 1 denser at the ends, above 1 denser in the middle.
-        sets_per_pair: number of initial noises for each pair, see ``sets``.
+        sets_per_pair: number of sets for each pair, see ``sets``.
+        noise: what the images of a set start from: all from one noise, so that they differ by their ratio alone ("set", the paper's), or
+            each from one of its own ("image"), and those of kinds "pixel" and "noised" from training images of their own.
         shard_rows: rows of a shard, the unit of work; whole sets.
         seed: another seed gives other noises and other ids.
         kinds: of images to make, see ``tables.KINDS``: "semantic" mixtures; and for comparison, of the same pairs, sets and ratios,
@@ -55,6 +57,7 @@ class PlanConfig:
     grid: Literal["uniform", "cosine", "beta"] = "uniform"
     alpha: float = Field(default=2.0, gt=0)
     sets_per_pair: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] = "auto"
+    noise: Literal["set", "image"] = "set"
     shard_rows: int = Field(default=2048, ge=1)
     seed: int = Field(default=0, ge=0)
     kinds: tuple[str, ...] = (SEMANTIC,)
@@ -133,8 +136,8 @@ def make_plan(
 
     Rows are ordered by kind, as in ``tables.KINDS``, then group, pair and step, so that an unfinished run already covers all pairs. A
     ``mix_id`` is a pure function of (dataset, generator, config.seed, class_a, class_b, group, step), of the ratios, if they are not evenly
-    spaced, and of the kind, if that is not "semantic": more sets, other pairs or other kinds later keep the ids, seeds and pictures of the
-    first. The ratios have no part in a seed.
+    spaced, of the kind, if that is not "semantic", and of ``config.noise``, if that is not "set": more sets, other pairs or other kinds
+    later keep the ids, seeds and pictures of the first. The ratios have no part in a seed.
 
     Args:
         n_classes: K >= 2.
@@ -235,11 +238,13 @@ def _chunks(
 
 def _set_chunks(pairs: Pairs, key: tuple[str | int, ...], config: PlanConfig, alone: bool) -> Iterator[pl.DataFrame]:
     """Rows of sets, whole shards at a time, which count from 0. ``alone``: of one class each, and every row has a noise of its own."""
+    own_noise = alone or config.noise == "image"
     ratios = ratio_grid(config)
     steps = len(ratios)
     seed_key = storage.digest(*key)
     uniform = np.array_equal(ratios, np.linspace(0.0, 1.0, steps, dtype=np.float32))
-    id_key = seed_key if uniform else storage.digest(*key, ratios.tolist())
+    later = [*([] if uniform else [ratios.tolist()]), *(["image"] if own_noise and not alone else [])]
+    id_key = storage.digest(*key, *later)
     sets_per_shard = max(1, config.shard_rows // steps)
     sets_per_chunk = sets_per_shard * max(1, CHUNK_ROWS // (sets_per_shard * steps))
     for start in range(0, len(pairs) * config.sets, sets_per_chunk):
@@ -257,10 +262,12 @@ def _set_chunks(pairs: Pairs, key: tuple[str | int, ...], config: PlanConfig, al
             }
         ).with_columns(pl.format("{}-{}-{}-{}-", pl.lit(id_key), "class_a", "class_b", "group").alias("mix_id"))
         rows = sets[of_set].with_columns(step=pl.Series(step.astype(np.uint8)), lam=pl.Series(np.tile(ratios, len(number))))
-        if alone:
+        if own_noise:
             seeds = mix_seeds(int(seed_key, 16), *(values[of_set] for values in (class_a, class_b, group)), step)
+            rows = rows.with_columns(seed=pl.Series(seeds))
+        if alone:
             nearer = nearer_a(rows["lam"].to_numpy(), (group + pair)[of_set])
-            rows = rows.with_columns(seed=pl.Series(seeds), lam=pl.Series(nearer.astype(np.float32)))
+            rows = rows.with_columns(lam=pl.Series(nearer.astype(np.float32)))
         yield rows.with_columns(pl.concat_str("mix_id", pl.col("step").cast(pl.String)))
 
 

@@ -104,13 +104,21 @@ def _card(
         shape=info.shape,
         class_names=info.class_names,
         generator=storage.read_json(workspace.generator / "generator.json")["kind"],
-        plan=asdict(config.plan),
+        plan=_planning(config),
         mix=_mixing(config),
         annotator=None if annotator == NONE else annotator,
         calibration=None if annotator == NONE else calibration_of(workspace, annotator),
         digests=digests,
         kind=kind,
     )
+
+
+def _planning(config: Config) -> dict[str, Any]:
+    """What was planned, with the setting of noises if it is not the first version's."""
+    plan = asdict(config.plan)
+    if plan["noise"] == "set":
+        del plan["noise"]
+    return plan
 
 
 def _mixing(config: Config) -> dict[str, Any]:

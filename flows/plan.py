@@ -96,6 +96,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "grid": plan.grid != "uniform",
         "alpha": plan.grid == "beta",
         "kinds": plan.kinds != (SEMANTIC,),
+        "noise": plan.noise != "set",
     }
     return {"plan": {name: value for name, value in asdict(plan).items() if needed.get(name, True)}}
 

@@ -104,7 +104,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class MixedSet:
-    """Images of one pair of classes from one noise, shown from class_b (ratio 0) to class_a (ratio 1)."""
+    """Images of one pair of classes, shown from class_b (ratio 0) to class_a (ratio 1)."""
 
     class_a: str
     class_b: str

@@ -138,3 +138,19 @@ def test_a_shard_is_called_by_its_number_among_those_of_its_kind(tmp_path: Path)
     }
     assert named["semantic"][:2] == ["shard 0", "shard 1"]
     assert named["noised"] == [f"{name} of kind noised" for name in named["semantic"]]
+
+
+def test_every_image_may_have_a_noise_of_its_own() -> None:
+    shared, own = (plan_of_kinds(noise=noise) for noise in ("set", "image"))
+    columns = [*SET, "step", "lam", "kind", "shard"]
+    assert own.select(columns).equals(shared.select(columns))
+    assert own["seed"].n_unique() == len(own)
+    for kind in tables.KINDS:
+        ids = [set(frame.filter(kind=kind)["mix_id"]) for frame in (shared, own)]
+        # What has noises of its own anyway, or none, is not made again.
+        assert ids[0] == ids[1] if kind in ("unmixed", "real") else ids[0].isdisjoint(ids[1])
+    more = plan_of_kinds(("semantic",), noise="image", sets_per_pair=3)
+    assert more.head(36).equals(own.filter(kind="semantic"))
+    ratios = plan_of_kinds(("semantic",), noise="image", ratios=(0.0, 0.25, 1.0))
+    assert ratios["seed"].equals(own.filter(kind="semantic")["seed"])
+    assert set(ratios["mix_id"]).isdisjoint(own["mix_id"])
