@@ -297,6 +297,18 @@ def test_the_dataset_card_without_a_posterior(calibration, words, tmp_path):
     assert ("soft_label" in text) == (calibration is not None)
 
 
+@pytest.mark.parametrize(
+    ("kind", "plan", "shared"),
+    [("semantic", {}, "one noise"), ("semantic", {"noise": "image"}, ""), ("pixel", {}, "the same two"), ("real", {}, "")],
+)
+def test_the_dataset_card_says_what_images_share(kind, plan, shared, tmp_path):
+    about = replace(card("huggingface", COLOUR, 0), kind=kind, plan=plan)
+    FORMATS["huggingface"].finish(tmp_path, [], about)
+    text = (tmp_path / "README.md").read_text()
+    assert ("the images were made from" in text) == bool(shared)
+    assert shared in text
+
+
 @pytest.mark.parametrize("form", list(FORMATS))
 def test_without_an_annotator_nothing_speaks_of_labels(made, form, tmp_path):
     pieces, *_ = written(form, tmp_path, made, GREY, annotator=None)
