@@ -63,7 +63,7 @@ class TrainingImages:
     def pair(self, plan: pl.DataFrame) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Numbers of the images that a row's seed draws, one of class_a and one of class_b, int64 (M,) each.
 
-        Rows of a set have one seed, and so the same two images.
+        Rows with equal seeds, as those of a set that shares its noise, have the same two images.
         """
         return self._drawn(plan, "class_a", FIRST), self._drawn(plan, "class_b", SECOND)
 
@@ -90,7 +90,7 @@ def real_images(plan: pl.DataFrame, real: TrainingImages) -> torch.Tensor:
 
 
 def pixel_mixtures(plan: pl.DataFrame, real: TrainingImages) -> torch.Tensor:
-    """lam * x_a + (1 - lam) * x_b, uint8 (M, C, H, W), rounded: mixup (Zhang et al. 2018) of the two images of each row's set."""
+    """lam * x_a + (1 - lam) * x_b, uint8 (M, C, H, W), rounded: mixup (Zhang et al. 2018) of the two images that each row's seed draws."""
     image_a, image_b = real.pair(plan)
     share = torch.from_numpy(plan["lam"].to_numpy().copy()).double().view(-1, 1, 1, 1)
     return (share * real.take(image_a) + (1 - share) * real.take(image_b)).round().to(torch.uint8)
