@@ -15,7 +15,7 @@ from tests.flows.config_errors import refused
             "generator.nope=1",
             "path, kind, classes, guidance, prompt, block_channels, layers_per_block, attention_levels, dropout,",
         ),
-        ("plan.nope=1", "pairs, pairs_per_class, ratios, grid, alpha, sets_per_pair, shard_rows, seed"),
+        ("plan.nope=1", "pairs, pairs_per_class, ratios, grid, alpha, sets_per_pair, noise, shard_rows, seed"),
         ("mix.sampler.nope=1", "solver, spacing, steps, sigma_min, sigma_max, rho"),
         ("train.nope=1", "methods, compare, loss, workers, seeds, network, parameters, optimizer"),
         ("train.optimizer.nope=1", "kind, epochs, batch_size, learning_rate,"),

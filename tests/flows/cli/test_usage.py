@@ -35,7 +35,7 @@ def test_help_imports_nothing_heavy(processes):
         (("run", "--config", "nope"), "csm: --config nope: unknown configuration; give a .yaml file or one of "),
         (
             ("mix", "--set", "plan.nope=1"),
-            "csm: plan.nope: no such setting; allowed: pairs, pairs_per_class, ratios, grid, alpha, sets_per_pair, shard_rows, seed",
+            "csm: plan.nope: no such setting; allowed: pairs, pairs_per_class, ratios, grid, alpha, sets_per_pair, noise, shard_rows, seed",
         ),
     ],
 )
