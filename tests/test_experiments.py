@@ -19,7 +19,10 @@ def test_it_prints_a_row_for_each_case(finished, script):
     head, *rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")]
     assert len(head) >= 6
     assert len(rows) >= (2 if script == "annotator" else 5)
-    assert all(len(row) == len(head) and float(row[3]) > 0 for row in rows)
+    assert all(len(row) == len(head) for row in rows)
+    figures = [float(cell) for row in rows for cell in row[2:] if cell.strip()]  # TV is known of some data only
+    assert min(figures) >= 0
+    assert len(figures) >= 4 * len(rows)
 
 
 def test_every_script_is_in_the_docs():
