@@ -1,5 +1,6 @@
 """Connecting to Ray."""
 
+import gc
 import logging
 import os
 import signal
@@ -75,7 +76,8 @@ def session(address: str = "local", cpus: int | None = None, cap: Cap = NO_CAP, 
         yield
     finally:
         _caps.pop()
-        ray.shutdown()
+        with _without_collection():
+            ray.shutdown()
 
 
 def share() -> dict[str, float]:
@@ -123,6 +125,18 @@ def require_answer(address: str) -> None:
         raise InputError(f"--address {address}: nothing answers at {host} port {port} ({error}); {_HINT}") from None
     if answer[3:4] != _HTTP2_SETTINGS:
         raise InputError(f"--address {address}: what answers at {host} port {port} is not Ray; {_HINT}")
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No garbage is collected: while Ray shuts down, a collection in another thread that finds one of Ray's references ends the process."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,13 +9,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from xdist.scheduler import LoadFileScheduling
+
+from tests.groups import Groups
 
 # Small enough that starting processes is most of the time; two pairs, so that every pair has several shards.
 TINY: dict[str, Any] = {
@@ -35,24 +34,6 @@ TINY: dict[str, Any] = {
 }
 ROOT = Path(__file__).parents[1]
 CSM = Path(sys.executable).with_name("csm")
-
-
-class Groups(LoadFileScheduling):
-    """Tests of one file go to one process, and files that read the finished workspace all to the same: it is made once.
-
-    Not by the mark ``xdist_group``, which xdist 3.8 loses under pytest 9.2.
-    """
-
-    READS = re.compile(r"def \w+\([^)]*\bfinished\b")
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return "finished" if self._reads(file) else file
-
-    @classmethod
-    @cache
-    def _reads(cls, file: str) -> bool:
-        return bool(cls.READS.search((ROOT / file).read_text()))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups:

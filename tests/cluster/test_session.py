@@ -194,3 +194,33 @@ except KeyboardInterrupt:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
+
+
+@pytest.mark.ray
+def test_garbage_of_another_thread_does_not_end_the_process_while_ray_shuts_down():
+    """Every collection frees a reference to an object of Ray; without our guard the process ends here, without a word."""
+    script = """
+import gc, threading, time
+import ray
+from cluster.session import session
+
+def litter():
+    while references:
+        cycle = [references.pop()]
+        cycle.append(cycle)
+        time.sleep(1e-5)
+
+with session("local", cpus=1):
+    one = ray.put(1)
+    references = [ray.ObjectRef(one.binary()) for _ in range(20_000)]
+    thread = threading.Thread(target=litter)
+    gc.freeze()
+    gc.set_threshold(5)
+    thread.start()
+    time.sleep(0.05)
+assert gc.isenabled()
+thread.join()
+print("lives")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "lives\n"), done.stderr
