@@ -13,7 +13,7 @@ _FRESH = 1  # the key of noise added on the way
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
     """Standard normal noise float32 (N, C, H, W), row i drawn from ``torch.Generator().manual_seed(seeds[i])``.
 
-    Rows with equal seeds are equal: that is how all ratios of a mixed set start from the same noise.
+    Rows with equal seeds are equal: that is how all ratios of a mixed set can start from the same noise.
 
     Args:
         seeds: N non-negative integers below 2**63.

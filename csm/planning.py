@@ -41,8 +41,8 @@ class PlanConfig:
         grid: spacing, see ``GRIDS``: "uniform" (the paper's), "cosine" (denser at the ends) or "beta".
         alpha: of the "beta" grid, the quantiles of Beta(alpha, alpha): below 1 denser at the ends, above 1 denser in the middle.
         sets_per_pair: number of sets for each pair, see ``sets``.
-        noise: what the images of a set start from: all from one noise, so that they differ by their ratio alone ("set", the paper's), or
-            each from one of its own ("image"), and those of kinds "pixel" and "noised" from training images of their own.
+        noise: what the images of a set start from: each from a noise of its own ("image"), and those of kinds "pixel" and "noised" from
+            training images of their own; or all from one ("set", the paper's), so that they differ by their ratio alone.
         shard_rows: rows of a shard, the unit of work; whole sets.
         seed: another seed gives other noises and other ids.
         kinds: of images to make, see ``tables.KINDS``: "semantic" mixtures; and for comparison, of the same pairs, sets and ratios,
@@ -57,7 +57,7 @@ class PlanConfig:
     grid: Literal["uniform", "cosine", "beta"] = "uniform"
     alpha: float = Field(default=2.0, gt=0)
     sets_per_pair: Annotated[int, Field(ge=1, le=1_000_000)] | Literal["auto"] = "auto"
-    noise: Literal["set", "image"] = "set"
+    noise: Literal["image", "set"] = "image"
     shard_rows: int = Field(default=2048, ge=1)
     seed: int = Field(default=0, ge=0)
     kinds: tuple[str, ...] = (SEMANTIC,)

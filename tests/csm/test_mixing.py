@@ -73,8 +73,8 @@ def network() -> UNetGenerator:
         return UNetGenerator(UNetSpec(SHAPE, 3, 0.5, (8, 16), 1, 0.0)).eval().requires_grad_(False)
 
 
-def plan(ratios: object = 3, sets: int = 2) -> pl.DataFrame:
-    return make_plan(3, "data", "net", PlanConfig(ratios=ratios, sets_per_pair=sets))
+def plan(ratios: object = 3, sets: int = 2, noise: str = "image") -> pl.DataFrame:
+    return make_plan(3, "data", "net", PlanConfig(ratios=ratios, sets_per_pair=sets, noise=noise))
 
 
 def images_of(mixed: pl.DataFrame) -> torch.Tensor:
@@ -130,7 +130,7 @@ def test_order_and_ids_are_those_of_the_plan() -> None:
 
 
 def test_all_ratios_of_a_set_start_from_the_sets_own_noise() -> None:
-    rows, generator = plan(), Flat()
+    rows, generator = plan(noise="set"), Flat()
     mix(rows, generator, SHAPE, SAMPLER, batch_size=4)
     starts = torch.cat(generator.starts)
     assert torch.allclose(starts, initial_noise(rows["seed"].to_list(), (1, 4, 4)) * 10.0)

@@ -58,8 +58,9 @@ def test_more_shards_than_a_kind_has_numbers_for_are_refused(monkeypatch: pytest
 
 
 def test_no_two_kinds_share_a_noise() -> None:
-    seeds = [set(plan_of_kinds((kind,))["seed"]) for kind in tables.KINDS]
-    assert len(set.union(*seeds)) == sum(map(len, seeds)) == 12 + 36 + 12 + 12 + len(LABELS)
+    for noise, each in (("set", 12), ("image", 36)):
+        seeds = [set(plan_of_kinds((kind,), noise=noise)["seed"]) for kind in tables.KINDS]
+        assert len(set.union(*seeds)) == sum(map(len, seeds)) == each + 36 + each + each + len(LABELS)
 
 
 @pytest.mark.parametrize("kind", ["pixel", "noised"])
@@ -67,7 +68,9 @@ def test_what_mixes_real_images_has_the_pairs_sets_and_ratios_of_the_mixtures(ki
     columns = [*SET, "step", "lam"]
     frame = plan_of_kinds((kind,))
     assert frame.select(columns).equals(plan_of_kinds(("semantic",)).select(columns))
-    assert frame.group_by(SET).agg(pl.col("seed").n_unique())["seed"].to_list() == [1] * 12
+    for noise, each in (("set", 1), ("image", 3)):
+        seeds = plan_of_kinds((kind,), noise=noise).group_by(SET).agg(pl.col("seed").n_unique())["seed"]
+        assert seeds.to_list() == [each] * 12
 
 
 @pytest.mark.parametrize("ratios", [2, 3, 8, (0.1, 0.5, 0.6)])

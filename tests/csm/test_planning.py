@@ -31,11 +31,11 @@ def test_rows_come_by_group_then_pair_then_step() -> None:
 
 
 def test_the_ids_and_seeds_of_the_first_version_are_kept() -> None:
-    # As csm wrote them when every grid was uniform: a workspace of that time goes on with its pictures.
-    rows = plan(10, ratios=8, sets_per_pair=12, shard_rows=360).select("mix_id", "shard", "seed", "lam")
+    # As csm wrote them when every grid was uniform and every set had one noise: a workspace of that time goes on with its pictures.
+    rows = plan(10, ratios=8, sets_per_pair=12, shard_rows=360, noise="set").select("mix_id", "shard", "seed", "lam")
     assert rows.row(0) == ("aecbf4d37ad2ae70-0-1-0-0", 0, 191737976224538226, 0.0)
     assert rows.row(-1) == ("aecbf4d37ad2ae70-8-9-11-7", 11, 8806369578188381925, 1.0)
-    rows = plan(5, pairs=((3, 1), (0, 4)), ratios=5, sets_per_pair=3, shard_rows=7, seed=3).select(
+    rows = plan(5, pairs=((3, 1), (0, 4)), ratios=5, sets_per_pair=3, shard_rows=7, seed=3, noise="set").select(
         "mix_id", "shard", "seed", "lam"
     )
     assert rows.row(0) == ("fe74036800138b38-1-3-0-0", 0, 3954442275724354934, 0.0)
@@ -120,8 +120,8 @@ def test_another_data_set_generator_or_seed_gives_other_ids_and_noises(change: d
     assert plan_digest(before) != plan_digest(after)
 
 
-def test_a_set_has_one_seed_and_no_other_set_has_it() -> None:
-    frame = plan(6, ratios=4, sets_per_pair=7)
+def test_a_set_of_one_noise_has_one_seed_and_no_other_set_has_it() -> None:
+    frame = plan(6, ratios=4, sets_per_pair=7, noise="set")
     seeds = frame.group_by(SET).agg(pl.col("seed").n_unique().alias("different"), pl.col("seed").first())
     assert seeds["different"].to_list() == [1] * 15 * 7
     assert seeds["seed"].n_unique() == 15 * 7
@@ -177,4 +177,4 @@ def test_seeds_are_spread() -> None:
 
 
 def test_the_digest_of_mixtures_alone_is_that_of_the_first_version() -> None:
-    assert plan_digest(plan(10, ratios=8, sets_per_pair=12, shard_rows=360)) == "79dc824a17eef690"
+    assert plan_digest(plan(10, ratios=8, sets_per_pair=12, shard_rows=360, noise="set")) == "79dc824a17eef690"

@@ -56,7 +56,7 @@ def test_real_rows_are_the_training_images(real) -> None:
 
 def test_pixel_mixtures_are_those_of_a_loop(real) -> None:
     images, by_number, labels = real
-    rows = plan("pixel", labels)
+    rows = plan("pixel", labels, noise="set")
     ends = images.pair(rows)
     made = pixels(pixel_mixtures(rows, images))
     for got, row, first, second in zip(made, rows.rows(named=True), *ends, strict=True):

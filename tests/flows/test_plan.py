@@ -147,7 +147,7 @@ def test_only_policies_that_are_measured_read_the_teacher() -> None:
 @pytest.mark.parametrize(
     ("overrides", "more"),
     [
-        ((), set()),
+        (("plan.noise=image",), {"noise"}),
         (("plan.alpha=3", "plan.pairs_per_class=9"), set()),  # no part of this plan
         (("plan.grid=cosine", "plan.alpha=3"), {"grid"}),
         (("plan.grid=beta",), {"grid", "alpha"}),
@@ -157,7 +157,7 @@ def test_only_policies_that_are_measured_read_the_teacher() -> None:
     ],
 )
 def test_settings_without_a_part_in_the_plan_do_not_call_it_out_of_date(overrides: tuple[str, ...], more: set[str]) -> None:
-    settings = STAGE.settings(load_config("digits", overrides))["plan"]
+    settings = STAGE.settings(load_config("digits", ("plan.noise=set", *overrides)))["plan"]
     assert set(settings) == {"pairs", "ratios", "sets_per_pair", "shard_rows", "seed"} | more
 
 
