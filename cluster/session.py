@@ -129,8 +129,9 @@ def require_answer(address: str) -> None:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """No garbage is collected: while Ray shuts down, a collection in another thread that finds one of Ray's references ends the process."""
+    """No garbage is left to collect: while Ray shuts down, whatever thread finds one of Ray's references in it ends the process."""
     was_enabled = gc.isenabled()
+    gc.collect()  # Ray has a thread that collects on demand, whatever gc.disable says
     gc.disable()
     try:
         yield

@@ -40,7 +40,7 @@ PLAN: Schema = {
     "mix_id": pl.String(),
     "shard": pl.UInt32(),
     "group": pl.UInt32(),  # index of the set within its pair; of a real image its place in the train split, by image_id
-    "seed": pl.Int64(),  # of the initial noise: one per row; or (plan.noise: set) one per set, all ratios of which start from the same noise
+    "seed": pl.Int64(),  # of the initial noise: one per row; or (plan.noise: set) one per set, whose ratios all start from one noise
     "class_a": pl.UInt16(),
     "class_b": pl.UInt16(),  # above class_a, but of "real" the same
     "step": pl.UInt8(),
