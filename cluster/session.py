@@ -76,8 +76,7 @@ def session(address: str = "local", cpus: int | None = None, cap: Cap = NO_CAP, 
         yield
     finally:
         _caps.pop()
-        with _without_collection():
-            ray.shutdown()
+        _leave()
 
 
 def share() -> dict[str, float]:
@@ -127,17 +126,18 @@ def require_answer(address: str) -> None:
         raise InputError(f"--address {address}: what answers at {host} port {port} is not Ray; {_HINT}")
 
 
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """No garbage is left to collect: while Ray shuts down, whatever thread finds one of Ray's references in it ends the process."""
+def _leave() -> None:
+    """Shut Ray down with no garbage left to collect: whatever thread finds one of Ray's references in it meanwhile ends the process."""
     was_enabled = gc.isenabled()
-    gc.collect()  # Ray has a thread that collects on demand, whatever gc.disable says
     gc.disable()
     try:
-        yield
+        gc.collect()  # Ray has a thread that collects on demand, whatever gc.disable says
     finally:
-        if was_enabled:
-            gc.enable()
+        try:
+            ray.shutdown()
+        finally:
+            if was_enabled:
+                gc.enable()
 
 
 @contextmanager

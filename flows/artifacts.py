@@ -19,6 +19,7 @@ FOLDERS = (
 )  # fmt: skip
 
 UNSET = "(not set)"  # of a setting that only one of two records has
+LEFT_OUT = {"plan.noise": "set", "plan.grid": "uniform"}  # settings of the first version, which records leave out
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,8 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str
     """Changed settings as "dotted.key old -> new"."""
     changed = []
     for key in dict.fromkeys([*before, *after]):
-        old, new = before.get(key, UNSET), after.get(key, UNSET)
+        unset = LEFT_OUT.get(f"{prefix}{key}", UNSET)
+        old, new = before.get(key, unset), after.get(key, unset)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             changed += differences(old, new, f"{prefix}{key}.")
         elif old != new:

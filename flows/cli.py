@@ -43,7 +43,8 @@ class _Commands(click.Group):
         except (click.exceptions.Exit, click.Abort, click.ClickException):
             raise
         except KeyboardInterrupt:
-            click.echo("csm: interrupted; run the same command again to go on", err=True)
+            forced = any(argument.partition("=")[0] == "--force" for argument in sys.argv)
+            click.echo(f"csm: interrupted; run the same command again{', without --force,' if forced else ''} to go on", err=True)
             raise SystemExit(130) from None
         except Exception as error:
             if debug:

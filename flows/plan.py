@@ -22,7 +22,7 @@ from csm.plan_rules import AUTO, explain
 from csm.planning import MEASURED, REAL, SEMANTIC, PlanConfig, ratio_grid, write_plan
 from csm.reannotation.prototypes import class_prototypes
 from csm.training_images import TrainingImages
-from flows.artifacts import StageRecord
+from flows.artifacts import LEFT_OUT, StageRecord
 from flows.config import Config, check_sets
 from flows.fit_teacher import members
 from flows.progress import say
@@ -93,10 +93,10 @@ def _settings(config: Config) -> dict[str, Any]:
     plan = config.plan
     needed = {
         "pairs_per_class": plan.pairs in MEASURED,
-        "grid": plan.grid != "uniform",
+        "grid": plan.grid != LEFT_OUT["plan.grid"],
         "alpha": plan.grid == "beta",
         "kinds": plan.kinds != (SEMANTIC,),
-        "noise": plan.noise != "set",
+        "noise": plan.noise != LEFT_OUT["plan.noise"],
     }
     return {"plan": {name: value for name, value in asdict(plan).items() if needed.get(name, True)}}
 

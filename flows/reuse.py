@@ -133,9 +133,14 @@ def refuse_replacing(context: Context, names: Sequence[str]) -> None:
 
 
 def _sources(context: Context, name: str) -> list[str]:
-    """``name`` and the stages that its result comes from, each once."""
-    inputs = [source for needed in context.stages[name].reads(context.resolved) for source in _sources(context, needed)]
-    return list(dict.fromkeys([*inputs, name]))
+    """``name`` and the stages that its result comes from, each once; not one that was run again since, with another result."""
+    record, records = context.workspace.record(name), context.workspace.record
+    used = [
+        needed
+        for needed in context.stages[name].reads(context.resolved)
+        if (made := records(needed)) and record and record.inputs.get(needed) in (made.digest, None)
+    ]
+    return list(dict.fromkeys([*(source for needed in used for source in _sources(context, needed)), name]))
 
 
 def _own_changes(context: Context, name: str) -> list[str]:

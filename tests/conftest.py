@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[1]
 CSM = Path(sys.executable).with_name("csm")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups:
     """How ``pytest -n`` shares the tests out."""
     return Groups(config, log)

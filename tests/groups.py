@@ -26,6 +26,18 @@ class Groups(LoadFileScheduling):
             self._scopes[file] = "finished" if self.READS.search((self.config.rootpath / file).read_text()) else file
         return self._scopes[file]
 
+    def _reschedule(self, node: WorkerController) -> None:
+        """Hand ``node`` tests until it has two: a process begins one only when it knows the next one, or that none follows.
+
+        With xdist 3.8 a replaced process that gets the last test of a file waits for ever, and one that has not collected its tests
+        yet ends the run.
+        """
+        if node not in self.registered_collections or self.collection is None:
+            return
+        super()._reschedule(node)
+        while not node.shutting_down and self._pending_of(self.assigned_work[node]) < 2:
+            super()._reschedule(node)
+
     def remove_node(self, node: WorkerController) -> str | None:
         """The test in which the process ended counts as run, and what it had done before is not handed out again.
 

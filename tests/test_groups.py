@@ -51,6 +51,14 @@ def test_a_test_that_ends_its_process_fails_once_and_all_others_run(tmp_path):
     assert set(re.findall(r"FAILED (\S+)", said)) == {"test_ends.py::test_ends[3]", "test_ends.py::test_ends[5]"}
 
 
+def test_a_process_that_ends_when_the_other_is_done_leaves_nothing_undone(tmp_path):
+    last = ENDS.replace("range(6)", "range(4)").replace(
+        "if number in (3, 5):\n", "if number == 2:\n        import time; time.sleep(2)\n"
+    )
+    said = run(tmp_path, test_ends=last, test_more=PASSES.format(fixture=""), test_other=PASSES.format(fixture=""))
+    assert "1 failed, 9 passed" in said
+
+
 def test_files_that_read_the_finished_workspace_go_to_one_process(tmp_path):
     said = run(
         tmp_path, **dict.fromkeys(("test_a", "test_b"), PASSES.format(fixture="finished, ")), test_c=PASSES.format(fixture="")

@@ -144,6 +144,7 @@ def test_temporary_names_in_a_folder_that_is_no_workspace_are_not_ours(tmp_path)
         ({"a": 1}, {"a": 2}, ["a 1 -> 2"]),
         ({"a": {"b": {"c": 1}, "d": 0}}, {"a": {"b": {"c": [1]}, "d": 0}}, ["a.b.c 1 -> [1]"]),
         ({"a": 1}, {"b": 2}, ["a 1 -> (not set)", "b (not set) -> 2"]),
+        ({"plan": {}}, {"plan": {"noise": "image"}}, ["plan.noise set -> image"]),  # the first version's was left out
         ({"a": {"b": 1}}, {"a": None}, ["a {'b': 1} -> None"]),
     ],
 )

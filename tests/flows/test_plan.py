@@ -280,3 +280,19 @@ def test_the_stage_plans_the_kinds_that_are_asked_for(
     real = tables.read_plan(fitted / "plan.parquet", "real")
     if "real" in kinds:
         assert real["class_a"].to_list() == split(fitted, "train")[1].tolist()
+
+
+@pytest.mark.ray
+def test_images_outlive_a_plan_of_other_noises(finished, csm, tmp_path) -> None:
+    root = Path(shutil.copytree(finished.root, tmp_path / "workspace"))
+    options = ["--config", str(finished.config), "--workspace", str(root)]
+    refused = csm("run", *options, "--set", "plan.noise=set")
+    assert refused.returncode == 2
+    assert "mix was made by another configuration there (plan.noise image -> set); set that back (--set)" in refused.stderr
+    assert csm("plan", *options, "--set", "plan.noise=set").returncode == 0
+    again = csm("mix", *options, "--set", "plan.noise=set")
+    assert again.returncode == 2
+    assert "mix was made by another configuration there (another result of plan)" in again.stderr
+    back = csm("run", *options)
+    assert back.returncode == 0, back.stderr
+    assert "mix: reused" in back.stderr

@@ -92,6 +92,8 @@ def test_an_interrupt_is_exit_130_in_one_line(call, monkeypatch):
 
     monkeypatch.setattr("flows.run.run_verb", interrupted)
     assert call("plan") == (130, "", "csm: interrupted; run the same command again to go on\n")
+    forced = call("run", "--force", "mix")  # what it made would be thrown away once more
+    assert forced == (130, "", "csm: interrupted; run the same command again, without --force, to go on\n")
 
 
 def test_a_full_disk_says_so(call, monkeypatch):
