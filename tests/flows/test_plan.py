@@ -282,6 +282,7 @@ def test_the_stage_plans_the_kinds_that_are_asked_for(
         assert real["class_a"].to_list() == split(fitted, "train")[1].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_images_outlive_a_plan_of_other_noises(finished, csm, tmp_path) -> None:
     root = Path(shutil.copytree(finished.root, tmp_path / "workspace"))
