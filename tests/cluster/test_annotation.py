@@ -155,6 +155,7 @@ def test_each_image_is_read_once_for_all_encoders(made, tmp_path, here, monkeypa
     assert set(finished_shards(jobs[1].features, jobs[1].key, real_slices(jobs[1].real))) == {1, 2}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_encoding_that_was_interrupted_goes_on_and_keeps_what_was_finished(made, tmp_path, ray_session):
     """Over the pool, on slices as large as the product's: stopped after the first part, then one part is cut short."""

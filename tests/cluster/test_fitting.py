@@ -68,6 +68,7 @@ def test_a_group_of_one_equals_a_direct_call(direct, tmp_path):
         assert (tmp_path / file).read_bytes() == (job.directory / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_a_group_of_two_goes_on_from_a_direct_call_and_equals_it_up_to_rounding(direct, tmp_path):
     job, steps = direct
     state = storage.read_state(job.directory / "state.pt")

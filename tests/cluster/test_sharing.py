@@ -67,6 +67,7 @@ def test_a_run_hears_of_one_that_goes_first_until_that_ends(ray_session, monkeyp
     ray.get(registry.leave.remote("other"))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_pools_give_way_and_go_on_where_they_were(ray_session, monkeypatch):
     monkeypatch.setattr(sharing, "BEAT_SECONDS", 0.1)
