@@ -19,7 +19,7 @@ from csm.export import CARD, FORMATS, WORK, Card, encode, rows
 from csm.parameters import check_name
 from csm.planning import SEMANTIC, shard_name
 from csm.reannotation import soft_labels
-from flows.artifacts import Workspace, differences, is_url, open_workspace
+from flows.artifacts import LEFT_OUT, Workspace, differences, is_url, open_workspace
 from flows.config import Config, plain
 from flows.export_model import MODEL_FORMATS
 from flows.fit_annotators import annotators, calibration_of, resolve
@@ -116,7 +116,7 @@ def _card(
 def _planning(config: Config) -> dict[str, Any]:
     """What was planned, with the setting of noises if it is not the first version's."""
     plan = asdict(config.plan)
-    if plan["noise"] == "set":
+    if plan["noise"] == LEFT_OUT["plan.noise"]:
         del plan["noise"]
     return plan
 

@@ -12,7 +12,7 @@ from csm.errors import InputError
 from csm.locations import remove
 from csm.runs import RunSpec
 from csm.search.sections import dotted
-from flows.artifacts import differences
+from flows.artifacts import LEFT_OUT, differences
 from flows.config import Config, plain
 from flows.masking import masked
 from flows.sweep_specs import TrialSpecs, trial_folder
@@ -20,8 +20,8 @@ from flows.sweeps import trial_config
 
 Estimate = tuple[float, float | None, float | None]  # mean over seeds, and the ends of its 95 % interval if it can be told
 
-# Settings that older sweeps do not have, with their defaults.
-LATER = (("generator", "label_dropout", 0.0), ("mix", "guidance", None))
+# Settings that older sweeps do not have, with what these did.
+LATER = (("generator", "label_dropout", 0.0), ("mix", "guidance", None), ("plan", "noise", LEFT_OUT["plan.noise"]))
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,7 @@ def test_every_image_may_have_a_noise_of_its_own() -> None:
     columns = [*SET, "step", "lam", "kind", "shard"]
     assert own.select(columns).equals(shared.select(columns))
     assert own["seed"].n_unique() == len(own)
+    assert own.equals(plan_of_kinds())  # the default
     for kind in tables.KINDS:
         ids = [set(frame.filter(kind=kind)["mix_id"]) for frame in (shared, own)]
         # What has noises of its own anyway, or none, is not made again.

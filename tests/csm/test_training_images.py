@@ -54,9 +54,10 @@ def test_real_rows_are_the_training_images(real) -> None:
         assert labels[row["group"]] == row["class_a"] == row["class_b"]
 
 
-def test_pixel_mixtures_are_those_of_a_loop(real) -> None:
+@pytest.mark.parametrize("noise", ["set", "image"])
+def test_pixel_mixtures_are_those_of_a_loop(real, noise: str) -> None:
     images, by_number, labels = real
-    rows = plan("pixel", labels, noise="set")
+    rows = plan("pixel", labels, noise=noise)
     ends = images.pair(rows)
     made = pixels(pixel_mixtures(rows, images))
     for got, row, first, second in zip(made, rows.rows(named=True), *ends, strict=True):
@@ -67,7 +68,8 @@ def test_pixel_mixtures_are_those_of_a_loop(real) -> None:
     sets = {}
     for row, first, second in zip(rows.rows(named=True), *ends, strict=True):
         sets.setdefault((row["class_a"], row["class_b"], row["group"]), set()).add((int(first), int(second)))
-    assert {len(pairs) for pairs in sets.values()} == {1}  # a set has one pair of images, and others have others
+    # A set of one noise has one pair of images, and others have others; of its own noises it has about as many as images.
+    assert {len(pairs) for pairs in sets.values()} <= ({1} if noise == "set" else {3, 4, 5})
     assert len(set.union(*sets.values())) > 80
 
 

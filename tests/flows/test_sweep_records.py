@@ -101,6 +101,8 @@ def test_a_sweep_of_before_there_was_guidance_goes_on():
     assert "label_dropout" not in settings["generator"]
     guided = sweep_settings(load_config("digits", ["generator.label_dropout=0.1", "mix.guidance=2"]))
     assert (guided["mix"]["guidance"], guided["generator"]["label_dropout"]) == (2.0, 0.1)
+    assert settings["plan"]["noise"] == "image"
+    assert "noise" not in sweep_settings(load_config("digits", ["plan.noise=set"]))["plan"]
 
 
 def test_another_sweep_is_refused_once_there_are_trials(folder):
