@@ -119,6 +119,7 @@ def _calibration(
 @click.option("--methods", callback=_names, metavar="NAME,...", help="Of the plan, and those that they need.  [default: all]")
 @click.option("--seeds", type=click.IntRange(min=1), help="Of each method, with what was chosen for it.  [default: 5]")
 @click.option("--trials", type=click.IntRange(min=1), help="Settings tried for each method; 1: as they stand.  [default: 6]")
+@click.option("--doublings", type=click.IntRange(min=0), help="Of the best trial's epochs, while it gets better.  [default: 2]")
 @click.option("--quick", is_flag=True, help="One data set, two seeds, few methods and trials: minutes; below WORKSPACE/quick.")
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan of your own, as flows/configs/bench/recipe.yaml."
@@ -129,6 +130,7 @@ def _recipe(
     methods: tuple[str, ...],
     seeds: int | None,
     trials: int | None,
+    doublings: int | None,
     quick: bool,
     plan_file: Path | None,
     overrides: tuple[str, ...],
@@ -145,7 +147,8 @@ def _recipe(
     from flows.bench.recipe_rows import table
 
     tracking, line = Address(tracking_uri, experiment), command_line(address)
-    proof = prove(workspace, read_plan(plan_file), datasets, methods, seeds, trials, quick, overrides, address, line, tracking)
+    plan, options = read_plan(plan_file), (overrides, address, line, tracking)
+    proof = prove(workspace, plan, datasets, methods, seeds, trials, doublings, quick, *options)
     for dataset in dict.fromkeys(row["dataset"] for row in proof.rows):
         print_table(table([row for row in proof.rows if row["dataset"] == dataset]), WIDTH)
     if found := reach(proof.rows):

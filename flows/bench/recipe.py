@@ -42,6 +42,7 @@ def recipe(
     methods: Sequence[str] = (),
     seeds: int | None = None,
     trials: int | None = None,
+    doublings: int | None = None,
     quick: bool = False,
     overrides: Sequence[str] = (),
     address: str = "local",
@@ -55,7 +56,7 @@ def recipe(
     ``root/recipe.md`` both as a page.
 
     Args:
-        datasets, methods, seeds, trials: other ones than the plan's; methods that the given ones need come along.
+        datasets, methods, seeds, trials, doublings: other ones than the plan's; methods that the given ones need come along.
         quick: the small size of the plan, below ``root/quick``.
         overrides: KEY=VALUE for the configuration of every data set, over those of the plan.
 
@@ -67,6 +68,7 @@ def recipe(
         raise InputError("--quick: the plan has no size 'quick': give it one, or leave the option out")
     root = root / "quick" if quick else root
     trials, seeds = trials or size.trials, seeds or size.seeds
+    doublings = size.doublings if doublings is None else doublings
     works = [_work(plan, size, name, methods, seeds, overrides) for name in _datasets(plan, datasets or size.datasets)]
     drawn = [[trial for name in _searched(work, plan) for trial in draw(work.config, plan, name, trials)] for work in works]
     for work, tried in zip(works, drawn, strict=True):
@@ -80,7 +82,7 @@ def recipe(
         searched, tried = _searched(work, plan), len(drawn[number]) if trials > 1 else 0
         say(f"{where}: phase 1 of 2, images and {tried} trials of {len(searched)} methods; data sets after it: {left}")
         options = (folder, address, command, tracking)
-        chosen = search(work.config, plan, work.methods, trials, size.trial_seeds, *options)
+        chosen = search(work.config, plan, work.methods, trials, doublings, size.trial_seeds, *options)
         say(f"{where}: phase 2 of 2, {len(work.methods)} methods x {seeds} seeds; data sets after it: {left}")
         outcome = calibrate(chosen_config(work.config, plan, work.methods, chosen), *options)
         failed |= {f"{work.name}: {run}": error for run, error in outcome.failed.items()}

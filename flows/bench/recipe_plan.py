@@ -53,6 +53,7 @@ class Size:
         datasets: names of configurations, or paths of files.
         methods: of the plan; empty: all of it.
         trials: settings tried for each method, those that it has among them.
+        doublings: how many times the epochs of a method's best trial are doubled, as long as that makes it better.
         trial_seeds: classifiers of each trial.
         seeds: of each method with the settings that were chosen.
         settings: laid over those of the plan.
@@ -61,6 +62,7 @@ class Size:
     datasets: tuple[str, ...] = Field(min_length=1)
     methods: tuple[str, ...] = ()
     trials: int = Field(default=6, ge=1)
+    doublings: int = Field(default=0, ge=0)
     trial_seeds: int = Field(default=1, ge=1)
     seeds: int = Field(default=5, ge=1)
     settings: dict[str, Any] = Field(default_factory=dict)

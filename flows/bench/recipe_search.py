@@ -18,7 +18,7 @@ from csm.metrics import evaluate
 from csm.runs import RunSpec
 from csm.search.space import SearchSpace
 from flows.artifacts import open_workspace
-from flows.bench.recipe_plan import RecipePlan, base_settings, settings, with_methods
+from flows.bench.recipe_plan import EPOCHS, RecipePlan, base_settings, settings, with_methods
 from flows.config import Config, plain
 from flows.evaluate import split_logits
 from flows.progress import say
@@ -39,6 +39,7 @@ class Trial:
 
     Attributes:
         method, number: which; 0 are the settings as they stand.
+        times: as many times the epochs of the trial ``number``, which was the best of its method.
         values: key of the method's settings -> what it was.
         nll: on the validation split at temperature 1, mean over the trial's classifiers, nats; None: it was not needed, or failed.
         seconds: of training, by the worker's clock, all classifiers together.
@@ -53,10 +54,11 @@ class Trial:
     seconds: float = 0.0
     error: str = ""
     chosen: bool = False
+    times: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.method}.t{self.number}"
+        return f"{self.method}.t{self.number}" + (f"x{self.times}" if self.times > 1 else "")
 
 
 def search(
@@ -64,6 +66,7 @@ def search(
     plan: RecipePlan,
     names: Sequence[str],
     trials: int,
+    doublings: int,
     seeds: int,
     root: Path,
     address: str = "local",
@@ -72,34 +75,33 @@ def search(
 ) -> list[Trial]:
     """Make the images and labels of ``config`` in workspace ``root`` and try settings for each of ``names`` that is searched.
 
+    The best trial of each method is then tried with twice its epochs, and where that is better twice that, ``doublings`` times at most.
+
     The trials are trained like any method, below ``root/search``, with seeds of their own; what is finished is not trained again. Their
     predictions on the test split are not read. ``root/search.json`` gets all of them.
 
     Args:
         config: of the final training, with ``names`` as methods.
-        trials: of each method.
+        trials: of each method, before its epochs are doubled; 1: nothing is tried.
         seeds: of each trial.
 
     Raises:
         InputError: every trial of a method failed, or whatever the pipeline refuses.
     """
-    drawn = [trial for name in names if not plan.methods[name].like for trial in draw(config, plan, name, trials)]
-    tried = [trial for trial in drawn if trials > 1]
-    measured: dict[str, dict[str, Any]] = {}
+    found = [trial for name in names if not plan.methods[name].like for trial in draw(config, plan, name, trials)]
     with open_workspace(root) as opened, terminable():
         stages = verb_stages("run", config)
         before = stages[: stages.index("train")]
         with Context(config, opened, STAGES, address, command, tracking=tracking) as context:
             refuse_replacing(context, before)
             run_stages(context, before)
-            if tried:
-                context.tracker  # noqa: B018  opens the parent run, to which the trials belong
-                inner = replace(context, config=trial_config(config, tried), key=context.parent_key)
-                specs = trial_specs(inner, seeds)
-                errors = _train(inner, specs)
-                context._connected = inner._connected
-                measured = _measure(specs, errors, RealDataset.load_info(opened.root).n_classes)
-    found = choose([replace(trial, **measured.get(trial.name, {})) for trial in drawn])
+            found = choose(_try(context, found, seeds) if trials > 1 else found)
+            for doubling in range(doublings if trials > 1 else 0):
+                longer = [double(config, trial) for trial in found if trial.chosen and trial.times == 2**doubling]
+                if longer:
+                    say(f"recipe: twice the epochs of {', '.join(trial.name for trial in longer)}")
+                    found = choose([*found, *_try(context, longer, seeds)])
+    found.sort(key=lambda trial: names.index(trial.method))
     storage.write_json(root / "search.json", [asdict(trial) for trial in found])
     return found
 
@@ -120,6 +122,14 @@ def draw(config: Config, plan: RecipePlan, name: str, number: int) -> list[Trial
         if len(found) == number:
             break
     return found
+
+
+def double(config: Config, trial: Trial) -> Trial:
+    """``trial`` with twice its epochs, as times those of ``config`` where that is a whole number."""
+    of = settings(config.train.methods[trial.method], trial.values, trial.name, config.train.optimizer.epochs)["optimizer"]
+    epochs, unit = 2 * of.get("epochs", config.train.optimizer.epochs), config.train.optimizer.epochs
+    values = {**trial.values, EPOCHS: epochs if epochs % unit else f"{epochs // unit}x"}
+    return Trial(trial.method, trial.number, values, times=2 * trial.times)
 
 
 def _shuffled(space: SearchSpace, name: str) -> list[dict[str, Any]]:
@@ -143,7 +153,7 @@ def check_trials(config: Config, trials: Sequence[Trial]) -> None:
     try:
         trial_config(config, trials)
     except InputError as error:
-        place = re.sub(r"train\.methods\.(\S+?)\.t\d+\.", r"methods.\1.space, or common: ", str(error), count=1)
+        place = re.sub(r"train\.methods\.(\S+?)\.t\d+(?:x\d+)?\.", r"methods.\1.space, or common: ", str(error), count=1)
         raise InputError(f"the plan: {place}") from None
 
 
@@ -151,6 +161,17 @@ def trial_specs(context: Context, seeds: int) -> list[RunSpec]:
     """The trainings of the trials that the configuration of ``context`` compares."""
     folder = context.workspace.root.absolute() / FOLDER
     return [replace(spec, directory=folder / spec.run) for spec in run_specs(context, range(FIRST_SEED, FIRST_SEED + seeds))]
+
+
+def _try(context: Context, trials: Sequence[Trial], seeds: int) -> list[Trial]:
+    """``trials``, trained with ``seeds`` and measured."""
+    context.tracker  # noqa: B018  opens the parent run, to which the trials belong
+    inner = replace(context, config=trial_config(context.config, trials), key=context.parent_key)
+    specs = trial_specs(inner, seeds)
+    errors = _train(inner, specs)
+    context._connected = inner._connected
+    measured = _measure(specs, errors, RealDataset.load_info(context.workspace.root).n_classes)
+    return [replace(trial, **measured[trial.name]) for trial in trials]
 
 
 def _train(context: Context, specs: Sequence[RunSpec]) -> dict[str, str]:
