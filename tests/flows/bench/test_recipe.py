@@ -8,6 +8,7 @@ from csm import tables, truth
 from csm.errors import InputError
 from csm.generators import load_truth
 from csm.metrics import evaluate
+from flows.bench import recipe_search
 from flows.bench.recipe import recipe
 from flows.bench.recipe_plan import read_plan
 
@@ -139,6 +140,34 @@ def test_again_nothing_is_trained_and_of_a_changed_plan_what_changed(proved, ser
     recipe(root, read_plan(write(path.parent, changed)), methods=["brier", "focal"])
     assert serial[0] == "focal.t1-seed2000"
     assert set(serial[1:]) <= {"focal-seed0", "focal-seed1"}
+
+
+def test_epochs_are_doubled_as_long_as_it_gets_better(serial, tmp_path, monkeypatch):
+    found = {"brier.t0": 0.5, "brier.t1": 0.6, "brier.t0x2": 0.4, "brier.t0x4": 0.3}
+    found |= {"cross-entropy.t0": 0.6, "cross-entropy.t1": 0.5, "cross-entropy.t1x2": 0.55}
+    monkeypatch.setattr(
+        recipe_search, "_measure", lambda specs, *_: {spec.method: {"nll": found[spec.method], "seconds": 1.0} for spec in specs}
+    )
+    serial.clear()
+    methods = {name: LOSSES[name] for name in ("brier", "cross-entropy", "label-smoothing")}
+    proof = recipe(tmp_path / "w", read_plan(write(tmp_path, methods)), doublings=2)
+    assert serial[:7] == [f"{name}-seed2000" for name in (
+        "brier.t0", "brier.t1", "cross-entropy.t0", "cross-entropy.t1", "brier.t0x2", "cross-entropy.t1x2", "brier.t0x4",
+    )]  # fmt: skip
+    trials = json.loads((tmp_path / "w" / "small" / "search.json").read_text())
+    assert [(each["method"], each["number"], each["times"]) for each in trials if each["chosen"]] == [
+        ("brier", 0, 4), ("cross-entropy", 1, 1)
+    ]  # fmt: skip
+    assert [each["method"] for each in trials] == ["brier"] * 4 + ["cross-entropy"] * 3
+    named = {row["method"]: row for row in proof.rows}
+    assert named["brier"]["settings"] == {"optimizer.epochs": "4x"}
+    assert (named["brier"]["search_trials"], named["brier"]["search_seconds"]) == (4, 4.0)
+    assert "optimizer.epochs" not in named["cross-entropy"]["settings"]
+    config = yaml.safe_load((tmp_path / "w" / "small" / "config.yaml").read_text())
+    assert config["train"]["methods"]["brier"]["optimizer"]["epochs"] == 4
+    serial.clear()
+    recipe(tmp_path / "w", read_plan(write(tmp_path, methods)), trials=1, doublings=2)
+    assert not [run for run in serial if "seed2000" in run]  # as they stand: no search
 
 
 def test_quick_goes_below_a_folder_of_its_own(proved, serial):

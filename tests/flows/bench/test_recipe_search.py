@@ -6,7 +6,7 @@ from csm.errors import InputError
 from csm.methods import Method
 from flows.bench import recipe_search
 from flows.bench.recipe_plan import Entry, RecipePlan, Size
-from flows.bench.recipe_search import Trial, choose, chosen_config, draw, trial_config
+from flows.bench.recipe_search import Trial, choose, chosen_config, double, draw, trial_config
 from flows.config import load_config
 
 COMMON = {"optimizer.learning_rate": [0.05, 0.1, 0.2], "optimizer.epochs": ["1x", "3x"]}
@@ -70,6 +70,19 @@ def test_trials_are_methods_of_their_own(config, plan):
         else:
             assert method.parameters["gamma"] == trial.values.get("parameters.gamma", 3.0)
     assert tried.annotators == replace(config, train=replace(config.train, compare=("csm", "focal"))).annotators
+
+
+def test_twice_the_epochs_of_a_trial(config):
+    assert double(config, Trial("focal", 0, {}, 0.5)) == Trial("focal", 0, {"optimizer.epochs": "2x"}, times=2)
+    tried = Trial("focal", 2, {"parameters.gamma": 5, "optimizer.epochs": "3x"}, 0.5, 9.0, chosen=True)
+    assert double(config, tried).values == {"parameters.gamma": 5, "optimizer.epochs": "6x"}
+    assert double(config, double(config, tried)).name == "focal.t2x4"
+    assert double(config, Trial("focal", 1, {"optimizer.epochs": 25})).values == {"optimizer.epochs": 50}  # the data set has 60
+    methods = {**config.train.methods, "focal": replace(config.train.methods["focal"], optimizer={"epochs": 90})}
+    own = replace(config, train=replace(config.train, methods=methods))
+    assert double(own, Trial("focal", 0, {})).values == {"optimizer.epochs": "3x"}
+    tried = trial_config(config, [double(config, Trial("csm", 0, {}))])
+    assert tried.train.chosen["csm.t0x2"].optimizer["epochs"] == 120
 
 
 def test_a_wrong_setting_is_named(config, plan):
