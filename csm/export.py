@@ -10,60 +10,22 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import yaml
 from PIL import Image
 from pyarrow import parquet
 
 from csm import tables
 from csm.errors import InputError
-from csm.reannotation import Calibration, describe
-from csm.storage import replacing, write_text
+from csm.export_card import Card
+from csm.storage import replacing
 
 WORK = ".csm-export"  # folder of what is needed only until the export is whole
-CARD = "csm-export.json"
 ENCODE_ROWS = 256  # rows encoded at once, and of a parquet file's row group: bounds the memory for images of any size
-
-
-@dataclass(frozen=True)
-class Card:
-    """What is exported and where it comes from (``csm-export.json``). Equal cards, equal files.
-
-    Attributes:
-        csm: version that wrote the files.
-        format: of ``FORMATS``.
-        rows: images in all.
-        shard_rows: of one tar or parquet file.
-        config: name of the configuration.
-        dataset: name of the real data set; ``shape`` (H, W, C) and ``class_names`` are its.
-        generator: kind of the generator.
-        plan, mix: settings of pairs, ratios and seed, and of the solver.
-        annotator: whose soft labels they are, with its ``calibration``; None: no labels.
-        digests: stage -> digest of what it made.
-        kind: of the images, of ``tables.KINDS``.
-    """
-
-    csm: str
-    format: str
-    rows: int
-    shard_rows: int
-    config: str
-    dataset: str
-    shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
-    generator: str
-    plan: dict[str, Any]
-    mix: dict[str, Any]
-    annotator: str | None
-    calibration: Calibration | None
-    digests: dict[str, str]
-    kind: str = "semantic"
 
 
 class Format(NamedTuple):
@@ -72,12 +34,12 @@ class Format(NamedTuple):
     Attributes:
         piece: (number, count) -> the file, relative to the folder, that is there when the rows of this piece of ``count`` are.
         write: (folder, piece, frames of ``rows`` with PNG images, card); afterwards the piece is there, whole.
-        finish: (folder, pieces, card); writes what needs all of them. It may run twice.
+        finish: (folder, pieces); writes what needs all of them. It may run twice.
     """
 
     piece: Callable[[int, int], str]
     write: Callable[[Path, str, Iterable[pl.DataFrame], Card], None]
-    finish: Callable[[Path, Sequence[str], Card], None]
+    finish: Callable[[Path, Sequence[str]], None] = lambda directory, pieces: None
 
 
 def rows(
@@ -174,7 +136,7 @@ def _write_images(directory: Path, piece: str, frames: Iterable[pl.DataFrame], c
             file.write(frame.select(pl.Series("file_name", paths), pl.exclude("image")).write_ndjson().encode())
 
 
-def _join_metadata(directory: Path, pieces: Sequence[str], card: Card) -> None:
+def _join_metadata(directory: Path, pieces: Sequence[str]) -> None:
     with replacing(directory / "metadata.jsonl") as temporary, temporary.open("wb") as file:
         for piece in pieces:
             with (directory / piece).open("rb") as part:
@@ -224,52 +186,8 @@ def _arrow_schema(card: Card) -> Any:
     return pa.schema([(name, kind) for name, (kind, _) in fields.items()], metadata=metadata)
 
 
-def _write_readme(directory: Path, pieces: Sequence[str], card: Card) -> None:
-    """The dataset card: for the Hub, where the split lies; for people, how it was made. The features stand in the parquet files."""
-    split = {"split": "train", "path": "data/train-*.parquet"}
-    front = {"task_categories": ["image-classification"], "configs": [{"config_name": "default", "data_files": [split]}]}
-    height, width, channels = card.shape
-    made = (
-        f"{card.rows:,} {'grey' if channels == 1 else 'colour'} images of {width} x {height} pixels of "
-        f"{len(card.class_names)} classes, {_MADE[card.kind]}: csm {card.csm}, configuration `{card.config}`, generator "
-        f"`{card.generator}`."
-    )
-    items = [
-        "- `lam`: share of `class_a` that went into the image; the rest is `class_b`.",
-        f"- `mix_id`: names the image{'' if card.plan.get('noise') == 'image' else _SHARED.get(card.kind, '')}.",
-        *_describe_labels(card),
-    ]
-    title = "Mixed" if card.kind == "semantic" else card.kind.capitalize()
-    header = f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n"
-    paragraphs = [f"# {title} images of {card.dataset}", made, "\n".join(items), f"Settings and digests: `{CARD}`."]
-    write_text(directory / "README.md", "\n".join([header, *(f"{paragraph}\n" for paragraph in paragraphs)]))
-
-
-_MADE = {
-    "semantic": "each between two of them, made by semantic mixing (Luo et al., ICML 2025)",
-    "unmixed": "each of one of them, made by the generator",
-    "pixel": "each a mixture of two training images, pixel by pixel",
-    "noised": "each a training image, noised and denoised as a mixture of two of them (SDEdit, Meng et al., ICLR 2022)",
-    "real": "the training images as they are",
-}
-_SHARED = {
-    kind: f"; where only the last number differs, the images were made from {source}"
-    for kind, source in {"semantic": "one noise", "pixel": "the same two", "noised": "one noise"}.items()
-}
-
-
-def _describe_labels(card: Card) -> list[str]:
-    """What the soft labels are, as items of the dataset card."""
-    if card.calibration is None:
-        return []
-    return [
-        f"- `soft_label`: probabilities {describe(card.calibration)}, by annotator `{card.annotator}`.",
-        "- `label`: the class of the largest probability.",
-    ]
-
-
 FORMATS: dict[str, Format] = {
     "image-folder": Format(lambda number, count: f"{WORK}/metadata-{number:06d}.jsonl", _write_images, _join_metadata),
-    "webdataset": Format(lambda number, count: f"mixed-{number:06d}.tar", _write_tar, lambda directory, pieces, card: None),
-    "huggingface": Format(lambda number, count: f"data/train-{number:05d}-of-{count:05d}.parquet", _write_parquet, _write_readme),
+    "webdataset": Format(lambda number, count: f"mixed-{number:06d}.tar", _write_tar),
+    "huggingface": Format(lambda number, count: f"data/train-{number:05d}-of-{count:05d}.parquet", _write_parquet),
 }

@@ -15,7 +15,8 @@ from cluster.shards import part_path, plan_shards, read_plan
 from csm import __version__, storage, tables
 from csm.datasets import RealDataset
 from csm.errors import InputError
-from csm.export import CARD, FORMATS, WORK, Card, encode, rows
+from csm.export import FORMATS, WORK, encode, rows
+from csm.export_card import CARD, Card, write_readme
 from csm.parameters import check_name
 from csm.planning import SEMANTIC, shard_name
 from csm.reannotation import soft_labels
@@ -177,7 +178,8 @@ def _write(workspace: Workspace, output: Path, card: Card) -> None:
                 progress.advance(stop - start)
             else:
                 form.write(output, piece, frames(start, stop), card)
-    form.finish(output, pieces, card)
+    form.finish(output, pieces)
+    write_readme(output, card)
     storage.write_json(output / CARD, plain(asdict(card)))
     shutil.rmtree(output / WORK)
 

@@ -12,7 +12,7 @@ from csm import __version__, storage
 from csm.calibrated import CalibratedClassifier
 from csm.datasets import RealDataset
 from csm.errors import InputError
-from csm.export import CARD
+from csm.export_card import CARD
 from csm.onnx_export import export_onnx
 from flows.artifacts import Workspace, differences, is_url
 from flows.config import plain

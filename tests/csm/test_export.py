@@ -4,18 +4,17 @@ import io
 import json
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
-import yaml
 from PIL import Image
 from pyarrow import parquet
 
 from csm.datasets import load_dataset
 from csm.errors import InputError
-from csm.export import CARD, ENCODE_ROWS, FORMATS, WORK, Card, encode, rows, safe_names
+from csm.export import ENCODE_ROWS, FORMATS, WORK, encode, rows, safe_names
+from csm.export_card import Card
 from csm.planning import PlanConfig, make_plan
 from csm.reannotation import Calibration, soft_labels
 
@@ -72,7 +71,7 @@ def written(form, directory, made, shape, annotator="teacher"):
         for number, piece in enumerate(pieces):
             frames = encode(table.slice(8 * number, 8), shape, pool)
             FORMATS[form].write(directory, piece, frames, about)
-    FORMATS[form].finish(directory, pieces, about)
+    FORMATS[form].finish(directory, pieces)
     return pieces, plan, pixels, annotations
 
 
@@ -273,40 +272,6 @@ def test_huggingface_says_what_its_columns_are(made, tmp_path):
             }
         }
     }  # fmt: skip
-
-
-def test_the_dataset_card_says_how_it_was_made(made, tmp_path):
-    written("huggingface", tmp_path, made, GREY)
-    _, front, text = (tmp_path / "README.md").read_text().split("---\n")
-    assert yaml.safe_load(front)["configs"] == [
-        {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}
-    ]
-    for words in ("pets", "18 grey images of 4 x 5 pixels", "3 classes", "csm 9.9", "`tiny`", "`unet`", "`teacher`", CARD):
-        assert words in text
-    assert "of all classes, at temperature 2, fitted on 30 real images" in text
-
-
-@pytest.mark.parametrize(
-    ("calibration", "words"), [(Calibration("scale", pair=True, scale=4.0), "with scale s = 4, by annotator `x`"), (None, "")]
-)
-def test_the_dataset_card_without_a_posterior(calibration, words, tmp_path):
-    about = replace(card("huggingface", COLOUR, 0), annotator="x" if calibration else None, calibration=calibration)
-    FORMATS["huggingface"].finish(tmp_path, [], about)
-    text = (tmp_path / "README.md").read_text()
-    assert words in text
-    assert ("soft_label" in text) == (calibration is not None)
-
-
-@pytest.mark.parametrize(
-    ("kind", "plan", "shared"),
-    [("semantic", {}, "one noise"), ("semantic", {"noise": "image"}, ""), ("pixel", {}, "the same two"), ("real", {}, "")],
-)
-def test_the_dataset_card_says_what_images_share(kind, plan, shared, tmp_path):
-    about = replace(card("huggingface", COLOUR, 0), kind=kind, plan=plan)
-    FORMATS["huggingface"].finish(tmp_path, [], about)
-    text = (tmp_path / "README.md").read_text()
-    assert ("the images were made from" in text) == bool(shared)
-    assert shared in text
 
 
 @pytest.mark.parametrize("form", list(FORMATS))

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from csm import tables
-from csm.export import CARD, FORMATS, WORK
+from csm.export import FORMATS, WORK
+from csm.export_card import CARD
 from flows.artifacts import Workspace
 from flows.config import load_config, plain
 from flows.reuse import run_stage

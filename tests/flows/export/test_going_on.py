@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import pytest
 
 from csm import storage
-from csm.export import CARD, FORMATS, WORK, encode
+from csm.export import FORMATS, WORK, encode
+from csm.export_card import CARD
 from tests.flows.export.conftest import files
 
 
@@ -104,7 +105,7 @@ def test_an_empty_folder_or_one_killed_at_its_very_beginning_is_taken(call, left
         path.parent.mkdir(exist_ok=True)
         path.mkdir() if name == WORK else path.touch()
     assert call("webdataset")[0] == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {CARD, "mixed-000000.tar"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {CARD, "README.md", "mixed-000000.tar"}
 
 
 @pytest.mark.slow

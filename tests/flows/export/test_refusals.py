@@ -7,7 +7,8 @@ import pytest
 
 from cluster.shards import part_path
 from csm import tables
-from csm.export import CARD, WORK
+from csm.export import WORK
+from csm.export_card import CARD
 from tests.flows.export.conftest import files
 
 
