@@ -59,6 +59,14 @@ def test_a_process_that_ends_when_the_other_is_done_leaves_nothing_undone(tmp_pa
     assert "1 failed, 9 passed" in said
 
 
+def test_a_process_that_ends_while_the_replacement_of_another_collects_its_tests(tmp_path):
+    first = ENDS.replace("in (3, 5)", "== 1")
+    second = first.replace("if number", "import time; time.sleep(1.5)\n    if number")
+    slow = f"import time\ntime.sleep(4)\n{PASSES.format(fixture='')}"  # to collect
+    said = run(tmp_path, test_first=first, test_second=second, test_slow=slow)
+    assert "2 failed, 13 passed" in said
+
+
 def test_files_that_read_the_finished_workspace_go_to_one_process(tmp_path):
     said = run(
         tmp_path, **dict.fromkeys(("test_a", "test_b"), PASSES.format(fixture="finished, ")), test_c=PASSES.format(fixture="")
