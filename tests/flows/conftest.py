@@ -1,6 +1,5 @@
 """Models of the real formats with random weights, as tests/csm/generators has them, and a workspace with a finished model."""
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,17 +19,6 @@ def modelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("modelled") / "workspace"
     run_stages(context_of(root), "prepare", "train", "model")
     return root
-
-
-@pytest.fixture(scope="session")
-def free_port() -> Callable[[], int]:
-    """``free_port()`` gives a port of this machine at which nothing listens now."""
-
-    def find() -> int:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            return int(taken.getsockname()[1])
-
-    return find
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from csm.calibrated import load_calibrated
 from flows.mlflow_model import save_mlflow
+from tests.ports import free_port
 
 ALONE = """
 import json, sys
@@ -94,7 +95,7 @@ def test_it_is_saved_quickly_and_replaces_what_was_there(modelled, images, tmp_p
 
 
 @pytest.mark.slow
-def test_mlflow_serves_it_and_onnx_and_safetensors_give_the_same(modelled, images, tmp_path, free_port, processes):
+def test_mlflow_serves_it_and_onnx_and_safetensors_give_the_same(modelled, images, tmp_path, processes):
     """All of them are asked for the same images: over HTTP, by onnxruntime, and by torch."""
     import onnxruntime
 

@@ -19,6 +19,7 @@ from csm.calibrated import load_calibrated
 from csm.errors import InputError
 from flows import serve
 from flows.serve import scoring_app
+from tests.ports import free_port
 
 JSON = {"content-type": "application/json"}
 MAX_BATCH, MAX_BYTES = 4, 5000
@@ -151,7 +152,7 @@ def test_an_address_that_is_taken_is_one_line(modelled):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_cleanly(modelled, images, free_port, number):
+def test_a_signal_ends_it_cleanly(modelled, images, number):
     port = free_port()
     command = [sys.executable, "-m", "flows.cli", "serve", "--model", str(modelled), "--port", str(port)]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

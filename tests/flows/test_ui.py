@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from flows.tracking import store_uri
 from flows.ui import serve, view_address
 from flows.ui_views import TAG, views_of, write_views
 from tests.flows.chromium import Page
+from tests.ports import free_port
 
 EXPERIMENT = "csm"
 TESTED = {
@@ -169,12 +169,6 @@ def test_a_server_that_is_down_is_said_in_a_line(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=reason) as refusal:
             serve(tmp_path, "127.0.0.1", 5001, f"postgresql{driver}://me:secret@127.0.0.1:{free_port()}/mlflow", EXPERIMENT)
         assert "secret" not in str(refusal.value)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
