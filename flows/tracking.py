@@ -21,10 +21,11 @@ from csm.errors import InputError
 from flows.artifacts import Workspace
 from flows.masking import masked
 from flows.tracking_address import OWN, Address
+from flows.tracking_answers import short
 from flows.tracking_inputs import origin_tags
 from flows.tracking_sender import PATIENCE, Sender
 from flows.tracking_spool import Spool
-from flows.tracking_store import Store, short, store_uri
+from flows.tracking_store import Store, store_uri
 from flows.tracking_system import SystemMetrics, wanted
 
 PARAM_CHARACTERS = 6000

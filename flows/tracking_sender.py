@@ -6,8 +6,9 @@ from pathlib import Path
 
 from flows.progress import say
 from flows.tracking_address import Address
+from flows.tracking_answers import AwayError, RefusedError, short
 from flows.tracking_spool import Record, Spool
-from flows.tracking_store import AwayError, RefusedError, Store, short
+from flows.tracking_store import Store
 
 PATIENCE = 5.0  # seconds without a record sent that the end of a command waits for a server
 LONGEST = 15.0  # seconds that it waits in all

@@ -1,10 +1,7 @@
 """The MLflow side of tracking: one record of the spool after the other becomes calls that may be made twice without harm."""
 
-import errno
-import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +10,17 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID
-from requests import RequestException
-from sqlalchemy.exc import SQLAlchemyError
 
 from csm import storage
 from csm.errors import InputError
 from csm.locations import is_remote
-from flows.masking import masked
 from flows.tracking_address import Address
+from flows.tracking_answers import AwayError, RefusedError, answers, raise_disk, short
 from flows.tracking_spool import Record, Spool, folder_digest
 
 BATCH = 1000  # MLflow takes at most this many metrics a call
 PARAMS = 100  # and this many parameters
 MADE_BY = "csm.made_by"  # tag of the registered models that may be given further versions
-DISK = (("database or disk is full", errno.ENOSPC), ("disk I/O error", errno.EIO), ("readonly database", errno.EACCES))
-
-
-class AwayError(Exception):
-    """The store does not answer, or does not let us in: try again later."""
-
-
-class RefusedError(Exception):
-    """The store will never take this record."""
 
 
 class Store:
@@ -86,7 +72,7 @@ class Store:
                         raise
                     found = client.get_experiment_by_name(self.address.experiment)  # another command was faster
         except Exception as error:
-            _raise_disk(error)
+            raise_disk(error)
             reason = short(error)
             if not self.address.is_local:
                 raise AwayError(reason) from error
@@ -112,14 +98,14 @@ class Store:
         action = self._actions().get(record.get("do", ""))
         if action is None:
             raise RefusedError("a damaged line")
-        with _answers(self.address):
+        with answers(self.address):
             action(record, spool)
 
     def check_model(self, name: str) -> None:
         """``InputError`` if there is a registered model ``name`` that csm did not make."""
         self.connect()
         try:
-            with _answers(self.address):
+            with answers(self.address):
                 self._check_model(name)
         except RefusedError as error:
             raise InputError(f"{self.address}: {error}") from None
@@ -283,40 +269,6 @@ def ranges(pairs: Sequence[Sequence[int]]) -> list[list[int]]:
         elif first <= last:
             merged.append([first, last])
     return merged
-
-
-def short(error: BaseException) -> str:
-    """What ``error`` says, in a line of at most 160 characters without secrets."""
-    return masked(" ".join(str(error).split()) or type(error).__name__)[:160]
-
-
-@contextmanager
-def _answers(address: Address) -> Iterator[None]:
-    """Errors of a store, sorted by what to do: the disk's own, try again, or never."""
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, RequestException) as error:
-        _raise_disk(error)
-        status = _status(error)
-        if "is locked" in str(error) or (not address.is_local and (status in (401, 403, 408, 429) or status >= 500)):
-            raise AwayError(short(error)) from error
-        if status < 500 and not isinstance(error.__cause__, SQLAlchemyError):
-            raise RefusedError(short(error)) from error
-        raise
-
-
-def _status(error: Exception) -> int:
-    if isinstance(error, MlflowException):
-        return int(error.get_http_status_code())
-    response = getattr(error, "response", None)  # of requests; none: it did not come to one
-    return 503 if response is None else int(response.status_code)
-
-
-def _raise_disk(error: Exception) -> None:
-    """What SQLite says of a disk that takes no more becomes the system's own error, which the command line explains."""
-    for words, code in DISK:
-        if words in str(error):
-            raise OSError(code, os.strerror(code), "mlflow.db") from error
 
 
 def _says(error: MlflowException, code: int) -> bool:
