@@ -214,7 +214,7 @@ def test_what_is_only_tried_makes_no_other_pipeline() -> None:
 
 
 def test_a_bundled_sweep_does_not_stand_in_the_way_of_other_settings() -> None:
-    config = load_config("demo", ["annotate.annotators.lda=null", "annotate.annotators.ensemble=null"])
+    config = load_config("digits-hard", ["annotate.annotators.lda=null", "annotate.annotators.ensemble=null"])
     with pytest.raises(InputError, match=r"^tune.space.method.mixed.annotator: unknown 'lda'"):
         check_tune(config)
 
