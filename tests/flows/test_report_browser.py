@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from csm.search.importance import Importance
 from flows.report_sweep import lay_out
 from flows.reporting import render
 from tests.flows.chromium import Page
@@ -73,7 +74,7 @@ def address(tmp_path_factory):
     whole = replace(
         with_everything(),
         annotators=[annotator()],
-        sweep=lay_out(FRAME, PARAMETERS, METRICS, {"nll": {"train.optimizer.learning_rate": 0.6}}),
+        sweep=lay_out(FRAME, PARAMETERS, METRICS, [Importance("train.optimizer.learning_rate", "", 0.6, 12)]),
         model=finished(),
         repeat=repeated(),
         config_yaml="a_rather_long_key: " + "word " * 60,
