@@ -10,11 +10,8 @@ from csm.reannotation import Calibration, describe
 from csm.storage import write_text
 
 CARD = "csm-export.json"
-README = "README.md"
-_FILES = {
-    "webdataset": "mixed-*.tar",
-    "huggingface": "data/train-*.parquet",
-}  # of the split, which `datasets` would guess otherwise
+# Of the split; without them `datasets` takes the most frequent kind of file, of one tar beside one JSON file the wrong one.
+_FILES = {"webdataset": "mixed-*.tar", "huggingface": "data/train-*.parquet"}
 _MADE = {
     "semantic": "each between two of them, made by semantic mixing (Luo et al., ICML 2025)",
     "unmixed": "each of one of them, made by the generator",
@@ -78,7 +75,7 @@ def write_readme(directory: Path, card: Card) -> None:
     ]
     title = "Mixed" if card.kind == "semantic" else card.kind.capitalize()
     paragraphs = [f"# {title} images of {card.dataset}", made, "\n".join(items), f"Settings and digests: `{CARD}`."]
-    write_text(directory / README, _front(card.format) + "\n".join(f"{paragraph}\n" for paragraph in paragraphs))
+    write_text(directory / "README.md", _front(card.format) + "\n".join(f"{paragraph}\n" for paragraph in paragraphs))
 
 
 def _front(format_name: str) -> str:

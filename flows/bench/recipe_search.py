@@ -153,7 +153,7 @@ def check_trials(config: Config, trials: Sequence[Trial]) -> None:
     try:
         trial_config(config, trials)
     except InputError as error:
-        place = re.sub(r"train\.methods\.(\S+?)\.t\d+(?:x\d+)?\.", r"methods.\1.space, or common: ", str(error), count=1)
+        place = re.sub(r"train\.methods\.(\S+?)\.t\d+\.", r"methods.\1.space, or common: ", str(error), count=1)
         raise InputError(f"the plan: {place}") from None
 
 
