@@ -35,6 +35,7 @@ _RECEIPT = pa.struct(
 )
 _SCHEMA = pa.schema([("shard", pa.int64()), ("receipts", pa.list_(_RECEIPT)), ("failure", pa.binary())])
 IN_FLIGHT = 2  # blocks that an actor has at once: more would wait behind a slow one
+STARTS = 2  # workers of a pool, one after the other, that may fail to start and are replaced; else the first would end the run
 SHARES = 12  # of what is left, for each actor; with IN_FLIGHT, one that is five times slower is done before the others are
 
 
@@ -157,6 +158,7 @@ def run_steps(
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.max_consecutive_actor_init_deaths = STARTS
     context.target_max_block_size = 1  # bytes: what an actor yields for a shard goes on at once, not with the rest of its block
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # where IN_FLIGHT blocks for `calls` threads are enough
     left, poisons, attempts = dict.fromkeys(shards), [], start_attempts()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray import cloudpickle
+from ray.exceptions import ActorDiedError
 
 from cluster.attempts import PoisonError
 from cluster.pools import IN_FLIGHT, ShardWorker, Step, block_lengths, make_receipt, run_steps
@@ -63,6 +64,31 @@ def test_a_shard_on_which_workers_die_is_set_aside_and_the_rest_is_finished(ray_
     assert all(begun[shard] <= 2 for shard in healthy)
     assert standings[-1].lost == 4
     assert standings[-1].working == 0
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("lost", [2, 3])
+def test_workers_that_fail_while_they_start_are_replaced_but_not_for_ever(ray_session, tmp_path, lost):
+    class Fragile(ShardWorker):
+        def __init__(self, threads, watch, folder):
+            starts = len(list(folder.iterdir()))
+            (folder / str(starts)).touch()
+            if starts < lost:
+                raise OSError("the file system is away")
+            super().__init__(threads, watch)
+
+        def work(self, shard):
+            return [make_receipt("made", shard, 1, Written("", 0), "", 0.0)]
+
+    receipts = []
+    steps = [Step("mix", Fragile, {"folder": tmp_path}, ONE)]
+    if lost == 2:
+        run_steps(steps, range(4), receipts.append)
+    else:
+        with pytest.raises(ActorDiedError, match="the file system is away"):
+            run_steps(steps, range(4), receipts.append)
+    assert sorted(receipt.shard for receipt in receipts) == (list(range(4)) if lost == 2 else [])
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.ray
