@@ -231,6 +231,8 @@ class _Try(threading.Thread):
 
 def _setback(error: BaseException) -> Setback | None:
     """What ended a group; None if another try would end the same way."""
+    if isinstance(error, RayActorError):  # of Ray Train's process that leads the workers, which end with it
+        return Setback(describe_loss([str(error)]).replace("a worker", "the controller", 1))
     if isinstance(error, PreemptionError):
         return Setback("a node is taken away", counts=False)
     if isinstance(error, ControllerError):

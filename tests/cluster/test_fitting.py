@@ -82,8 +82,11 @@ def test_a_group_of_two_goes_on_from_a_direct_call_and_equals_it_up_to_rounding(
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_state(data, tmp_path, ray_head, processes):
-    """One of two workers is killed in the middle: all steps are made in the end, and the state is gone on from."""
+@pytest.mark.parametrize(("title", "count", "lost"), [("RayTrainWorker", 2, 1), ("TrainController", 1, 0)])
+def test_a_killed_process_costs_no_more_than_the_steps_since_the_last_state(
+    data, tmp_path, ray_head, processes, title, count, lost
+):
+    """One of two workers is killed in the middle, or who leads them: all steps are made in the end, and the state is gone on from."""
     job = FitJob(data, tmp_path, replace(CONFIG, steps=400, checkpoint_steps=20), "fingerprint")
     raylet = ray_head.all_processes["raylet"][0].process.pid
     told: list[int] = []
@@ -93,8 +96,8 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_state(data,
     def on_step(step: int, loss: float) -> None:
         told.append(step)
         if not killed and (tmp_path / "state.pt").is_file():
-            workers = [pid for pid in processes.descendants(raylet) if "RayTrainWorker" in processes.name(pid)]
-            assert len(workers) == 2
+            workers = [pid for pid in processes.descendants(raylet) if title in processes.name(pid)]
+            assert len(workers) == count
             killed.append(max(workers))
             os.kill(killed[0], signal.SIGKILL)
 
@@ -108,7 +111,7 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_state(data,
     assert (state["training"]["step"], len(state["losses"])) == (380, 380)
     setback, delay = losses
     assert isinstance(setback, Setback)
-    assert setback.workers == 1
+    assert setback.workers == lost
     assert isinstance(delay, Delay)
     assert 0 < delay.step <= starts[1]
     assert delay.step % 20 == 0

@@ -192,6 +192,11 @@ def test_a_worker_that_raises_is_tried_again_and_said_so(monkeypatch, tmp_path):
     assert ray.run([2], tmp_path) == (["1"], [Setback(FAILED)])
 
 
+def test_a_controller_that_is_lost_is_started_again(monkeypatch, tmp_path):
+    ray = Scripted(monkeypatch, [(["1"], ActorDiedError()), (["2"], None)])
+    assert ray.run([2], tmp_path) == (["1", "2"], [Setback("the controller lost (killed, or out of memory)")])
+
+
 def test_a_group_with_nothing_left_to_do_does_not_start_again(monkeypatch, tmp_path):
     ray = Scripted(monkeypatch, [(["all"], died())])
     assert ray.run([2, 0], tmp_path)[0] == ["all"]
