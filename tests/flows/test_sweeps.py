@@ -57,7 +57,7 @@ def test_the_sweep_of_every_bundled_configuration_can_be_run(name: str) -> None:
     config = load_config(name, ("data.path=somewhere",) if name == "image-folder" else ())
     check_tune(config)
     assert config.tune.search_space.size is None
-    assert {"train.optimizer.learning_rate", "method.mixed.weight", "method.mixed.annotator"} <= {*config.tune.search_space.keys}
+    assert {"train.optimizer.learning_rate", "method.mixed.weight"} <= {*config.tune.search_space.keys}
 
 
 def test_a_trial_is_one_method_with_the_seeds_of_the_sweep(mine) -> None:
@@ -214,8 +214,8 @@ def test_what_is_only_tried_makes_no_other_pipeline() -> None:
 
 
 def test_a_bundled_sweep_does_not_stand_in_the_way_of_other_settings() -> None:
-    config = load_config("digits-hard", ["annotate.annotators.lda=null", "annotate.annotators.ensemble=null"])
-    with pytest.raises(InputError, match=r"^tune.space.method.mixed.annotator: unknown 'lda'"):
+    config = load_config("demo", ["annotate.annotators.experts=null", "annotate.candidates=[teacher]"])
+    with pytest.raises(InputError, match=r"^tune.space.method.mixed.annotator: unknown 'experts'"):
         check_tune(config)
 
 
