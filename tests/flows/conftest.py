@@ -1,12 +1,15 @@
 """Models of the real formats with random weights, as tests/csm/generators has them, and a workspace with a finished model."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.csm.generators.conftest import dit_pipeline, stable_diffusion_pipeline, unet_pipeline
 from tests.csm.generators.edm.conftest import snapshot as edm_snapshot
+from tests.flows.outcomes import Copy
 
 __all__ = ["dit_pipeline", "edm_snapshot", "stable_diffusion_pipeline", "unet_pipeline"]
 
@@ -31,3 +34,17 @@ def config_file(tmp_path: Path) -> Callable[[str], str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def copy(finished: Any, tmp_path: Path) -> Copy:
+    """``copy(*without)`` copies the finished workspace, without the MLflow store, which names its folder, and without ``without``."""
+
+    def make(*without: str) -> Path:
+        target = tmp_path / f"copy{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(
+            finished.root, target, ignore=shutil.ignore_patterns("mlflow.db", "tracking.json", "mlartifacts", *without)
+        )
+        return target
+
+    return make
