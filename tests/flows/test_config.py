@@ -174,10 +174,10 @@ def test_only_methods_with_mixed_images_need_the_generator():
 
 
 def test_what_mixing_is_compared_with_can_be_trained_beside_it():
-    names = ["csm-unmixed", "csm-endpoints", "csm-pixel", "csm-noised", "distillation", "one-hot-synthetic"]
+    names = ["csm-unmixed", "csm-endpoints", "csm-pixel", "csm-noised", "csm-unmixed-noised", "distillation", "one-hot-synthetic"]
     kinds = "plan.kinds=[semantic, unmixed, pixel, noised, real]"
     config = load_config("digits", [kinds, f"train.compare=[csm, {', '.join(names)}]"])
-    assert [method.is_ours for method in compared(config)] == [True] + [False] * 6
+    assert [method.is_ours for method in compared(config)] == [True] + [False] * 7
     assert {name: config.train.methods[name].mixed.images for name in names} == dict(
-        zip(names, ["unmixed", "semantic", "pixel", "noised", "real", "unmixed"], strict=True)
+        zip(names, ["unmixed", "semantic", "pixel", "noised", ("unmixed", "noised"), "real", "unmixed"], strict=True)
     )

@@ -20,7 +20,7 @@ from flows.run import STAGES, verb_stages
 from flows.stages import Context
 
 pytestmark = pytest.mark.ray
-ABLATIONS = ("csm-unmixed", "csm-endpoints", "csm-pixel", "csm-noised", "distillation", "one-hot-synthetic")
+ABLATIONS = ("csm-unmixed", "csm-endpoints", "csm-pixel", "csm-noised", "csm-unmixed-noised", "distillation", "one-hot-synthetic")
 
 
 def test_a_workspace_of_a_version_without_kinds_keeps_its_images(finished, tmp_path) -> None:

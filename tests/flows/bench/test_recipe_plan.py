@@ -35,6 +35,7 @@ def test_the_bundled_plan_has_every_baseline_and_a_search_for_each():
         "csm-endpoints",
         "csm-pixel",
         "csm-noised",
+        "csm-unmixed-noised",
         "distillation",
         "one-hot-synthetic",
         "deep-ensemble",
