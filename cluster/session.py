@@ -6,13 +6,14 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import ray
+from ray._raylet import AuthenticationTokenLoader, Config
 
 from cluster.resources import Cap
 from csm.errors import InputError
@@ -42,6 +43,7 @@ def session(address: str = "local", cpus: int | None = None, cap: Cap = NO_CAP, 
     """
     _quieten()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {name: os.environ.get(name) for name in _OF_LOCAL}
     if address == "local":
         # Ray Data's own actors set off an error line about their constructor arguments (ray#53727) at every start. On a cluster the
         # native log stays as it is: there it alone says that the connection to the head was lost.
@@ -77,6 +79,8 @@ def session(address: str = "local", cpus: int | None = None, cap: Cap = NO_CAP, 
     finally:
         _caps.pop()
         _leave()
+        if address == "local":
+            _set_environment(before)
 
 
 def share() -> dict[str, float]:
@@ -124,6 +128,20 @@ def require_answer(address: str) -> None:
         raise InputError(f"--address {address}: nothing answers at {host} port {port} ({error}); {_HINT}") from None
     if answer[3:4] != _HTTP2_SETTINGS:
         raise InputError(f"--address {address}: what answers at {host} port {port} is not Ray; {_HINT}")
+
+
+# What only a Ray of one's own sets in the environment: in the token mode that it turns on no cluster without a token can be joined.
+_OF_LOCAL = ("RAY_AUTH_MODE", "RAY_BACKEND_LOG_LEVEL", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S")
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    Config.initialize("")  # Ray reads them once
+    AuthenticationTokenLoader.instance().reset_cache()  # with a token in mind it goes on asking for one
 
 
 def _leave() -> None:

@@ -21,7 +21,7 @@ from csm.encoders import Encoder, FeatureTable, encode_table
 from csm.encoders.classifier import Penultimate
 from csm.planning import PlanConfig, make_plan
 from csm.reannotation import HEADS, Annotator, AnnotatorSpec, FitInputs, annotate
-from flows.bench.clock import device_kind, now
+from flows.bench.clock import device_kind, now, peak_mib
 from flows.progress import say
 
 SHAPE, CLASSES, RATIOS = (32, 32, 3), 10, 8
@@ -145,9 +145,7 @@ def _ours(root: Path, name: str, share: int) -> dict[str, float]:
     started = now()
     _annotate(root, name, encoder, shards[: len(shards) // share])
     seconds = now() - started
-    # Not ru_maxrss: that of a process starts with its parent's.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {"seconds": seconds, "forward": encoder.seconds, "peak": round(int(status["VmHWM"].split()[0]) / 1024)}
+    return {"seconds": seconds, "forward": encoder.seconds, "peak": peak_mib()}
 
 
 def _annotate(root: Path, name: str, encoder: _Timed, shards: Sequence[int]) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import os
-import resource
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 from cluster.shards import plan_shards, read_plan
 from csm.pairs import all_pairs
 from csm.planning import PlanConfig, write_plan
+from flows.bench.clock import peak_mib
 
 CLASSES, RATIOS = 1000, 8
 READS = 5
@@ -57,7 +57,7 @@ def _measure(rows: int) -> dict[str, Any]:
         "file_mib": round(size / 2**20, 1),
         "shards_ms": shards_ms,
         "read_ms": reads[len(reads) // 2],
-        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mib": peak_mib(),
     }
 
 

@@ -25,7 +25,7 @@ from csm.optimization import OptimizerConfig
 from csm.precision import dtype_of
 from csm.schedules import MixedSet
 from csm.training import Split, fit
-from flows.bench.clock import device_kind, now
+from flows.bench.clock import device_kind, now, peak_mib
 from flows.progress import say
 
 CLASSES, SIDE, RATIOS = 10, 32, 8
@@ -241,6 +241,4 @@ def _peak() -> int:
     """MiB."""
     if device_kind() == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20)
-    # Not ru_maxrss: that of a process starts with its parent's.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return round(int(status["VmHWM"].split()[0]) / 1024)
+    return peak_mib()

@@ -116,6 +116,32 @@ def test_a_running_cluster_is_joined_and_left_again(ray_address):
     require_answer(ray_address)  # it runs on
 
 
+BOTH = """
+import os, sys
+from cluster.session import session
+
+with session("local", cpus=1):
+    pass
+
+import ray
+
+@ray.remote(num_cpus=0)
+class Actor:
+    def answer(self):
+        return 42
+
+with session(sys.argv[1]):
+    print(ray.get(Actor.remote().answer.remote()))
+"""
+
+
+@pytest.mark.ray
+def test_a_cluster_without_a_token_is_joined_after_a_ray_of_ones_own_which_has_one(ray_address):
+    command = [sys.executable, "-c", BOTH, ray_address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "42\n", done.stderr
+
+
 @pytest.mark.ray
 def test_an_error_in_the_block_leaves_the_cluster_too(ray_address):
     with pytest.raises(KeyError), session(ray_address):
@@ -145,7 +171,7 @@ print(ray.is_initialized())
 @pytest.mark.slow
 @pytest.mark.ray
 def test_local_starts_a_ray_of_its_own_and_stops_it(processes):
-    """In a process of its own: one that joins a second cluster confuses its actors with those of the first."""
+    """In a process of its own, whose descendants are then all Ray's."""
     process = subprocess.Popen([sys.executable, "-c", OWN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "1.0\n"
