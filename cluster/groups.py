@@ -232,7 +232,7 @@ class _Try(threading.Thread):
 def _setback(error: BaseException) -> Setback | None:
     """What ended a group; None if another try would end the same way."""
     if isinstance(error, RayActorError):  # of Ray Train's process that leads the workers, which end with it
-        return Setback(describe_loss([str(error)]).replace("a worker", "the controller", 1))
+        return Setback(describe_loss([str(error)], "the controller"))
     if isinstance(error, PreemptionError):
         return Setback("a node is taken away", counts=False)
     if isinstance(error, ControllerError):
@@ -247,11 +247,11 @@ def _setback(error: BaseException) -> Setback | None:
     return Setback(describe_loss(lost), len(lost)) if lost else Setback(FAILED)
 
 
-def describe_loss(messages: Sequence[str]) -> str:
-    """What Ray's messages of dead actors come to, in a few words."""
+def describe_loss(messages: Sequence[str], one: str = "a worker") -> str:
+    """What Ray's messages of dead actors come to, in a few words; ``one``: what a single one is."""
     hosts = sorted({match[1] for text in messages if (match := re.search(r"^\tip: (\S+)$", text, re.MULTILINE))})
     where = f" on {', '.join(hosts)}" if hosts else ""
-    count = f"{len(messages)} workers" if len(messages) > 1 else "a worker"
+    count = f"{len(messages)} workers" if len(messages) > 1 else one
     if any("node has died" in text for text in messages):
         return f"{count}{where} lost with the node"
     return f"{count}{where} lost (killed, or out of memory)"

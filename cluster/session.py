@@ -6,8 +6,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -41,9 +41,14 @@ def session(address: str = "local", cpus: int | None = None, cap: Cap = NO_CAP, 
     Raises:
         InputError: nothing answers at ``address``.
     """
+    with _environment_kept() if address == "local" else nullcontext(), _connected(address, cpus, cap, namespace):
+        yield
+
+
+@contextmanager
+def _connected(address: str, cpus: int | None, cap: Cap, namespace: str | None) -> Iterator[None]:
     _quieten()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {name: os.environ.get(name) for name in _OF_LOCAL}
     if address == "local":
         # Ray Data's own actors set off an error line about their constructor arguments (ray#53727) at every start. On a cluster the
         # native log stays as it is: there it alone says that the connection to the head was lost.
@@ -79,8 +84,6 @@ def session(address: str = "local", cpus: int | None = None, cap: Cap = NO_CAP, 
     finally:
         _caps.pop()
         _leave()
-        if address == "local":
-            _set_environment(before)
 
 
 def share() -> dict[str, float]:
@@ -134,14 +137,17 @@ def require_answer(address: str) -> None:
 _OF_LOCAL = ("RAY_AUTH_MODE", "RAY_BACKEND_LOG_LEVEL", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S")
 
 
-def _set_environment(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    before = {name: os.environ[name] for name in _OF_LOCAL if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in _OF_LOCAL:
             os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    Config.initialize("")  # Ray reads them once
-    AuthenticationTokenLoader.instance().reset_cache()  # with a token in mind it goes on asking for one
+        os.environ.update(before)
+        Config.initialize("")  # Ray reads them once
+        AuthenticationTokenLoader.instance().reset_cache()  # with a token in mind it goes on asking for one
 
 
 def _leave() -> None:

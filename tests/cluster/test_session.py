@@ -117,7 +117,7 @@ def test_a_running_cluster_is_joined_and_left_again(ray_address):
 
 
 BOTH = """
-import os, sys
+import sys
 from cluster.session import session
 
 with session("local", cpus=1):

@@ -58,6 +58,7 @@ def test_the_sweep_of_every_bundled_configuration_can_be_run(name: str) -> None:
     check_tune(config)
     assert config.tune.search_space.size is None
     assert {"train.optimizer.learning_rate", "method.mixed.weight"} <= {*config.tune.search_space.keys}
+    assert {*config.tune.search_space.choices("method.mixed.annotator")} <= {*config.annotate.candidates}
 
 
 def test_a_trial_is_one_method_with_the_seeds_of_the_sweep(mine) -> None:

@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+from tests.flows.outcomes import STAGES
 from tests.hosts.machines import CODE, CTL
 from tests.hosts.small_run import hosts_of, read_receipts, result
 
@@ -31,19 +32,6 @@ DEMO = {
     "resources.annotate.max_actors": "2",
 }
 SETTINGS = [word for key, value in DEMO.items() for word in ("--set", f"{key}={value}")]
-STAGES = [
-    "prepare",
-    "generator",
-    "fit-teacher",
-    "fit-annotators",
-    "plan",
-    "mix",
-    "annotate",
-    "train",
-    "model",
-    "evaluate",
-    "report",
-]
 
 
 def run_on(workspace):
