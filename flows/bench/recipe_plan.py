@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from csm.errors import InputError
 from csm.methods import Method
+from csm.optimization import OptimizerConfig
 from csm.parameters import check_name
 from csm.search.space import SearchSpace, parse_space
 from csm.tables import KINDS
@@ -24,6 +25,7 @@ STRICT = ConfigDict(extra="forbid")
 BUNDLED = "bench/recipe.yaml"
 KNOWN_TRUTH = "gaussians"  # the data source whose true posterior is known
 BASELINES = ("loss", "pixel-mixing")
+MILESTONES = "optimizer.milestones"
 EPOCHS = "optimizer.epochs"  # a value such as 3x is as many times the epochs of the data set's configuration
 
 
@@ -144,12 +146,12 @@ def check_datasets(names: Sequence[str], plan: RecipePlan) -> None:
             raise InputError(f"--datasets {name}: unknown; one of {', '.join(plan.full.datasets)}, or another configuration")
 
 
-def settings(method: Method, values: Mapping[str, Any], where: str, epochs: int) -> dict[str, Any]:
+def settings(method: Method, values: Mapping[str, Any], where: str, optimizer: OptimizerConfig) -> dict[str, Any]:
     """The settings of ``method`` with ``values`` of keys such as ``parameters.gamma`` laid over, as plain values; not checked.
 
     Args:
         where: who asks, for messages.
-        epochs: of a training; ``optimizer.epochs`` may be ``3x``.
+        optimizer: of all methods. ``optimizer.epochs`` may be ``3x``, times its epochs; milestones of the learning rate move with them.
 
     Raises:
         InputError: a key of a section that the method does not have.
@@ -165,8 +167,12 @@ def settings(method: Method, values: Mapping[str, Any], where: str, epochs: int)
                 raise InputError(
                     f"{where}.{key}: expected a number of epochs, or times those of the data set such as 3x, got {value!r}"
                 )
-            value = int(times[1]) * epochs
+            value = int(times[1]) * optimizer.epochs
         merged = merge(merged, nested(key, value))
+    before = asdict(optimizer) | method.optimizer
+    if EPOCHS in values and MILESTONES not in values and before["milestones"]:
+        longer = merged["optimizer"]["epochs"] / before["epochs"]
+        merged = merge(merged, nested(MILESTONES, [round(longer * epoch) for epoch in before["milestones"]]))
     return merged
 
 
@@ -183,7 +189,7 @@ def base_settings(plan: RecipePlan, config: Config, name: str, chosen: Mapping[s
     known, origin = config.train.methods, entry.like or name
     check_name(f"methods.{name}", origin, known)
     values = {**chosen.get(origin, {}), **entry.change}
-    made = settings(known[origin], values, f"methods.{name}", config.train.optimizer.epochs)
+    made = settings(known[origin], values, f"methods.{name}", config.train.optimizer)
     return {**made, "description": known[name].description} if name in known else made
 
 

@@ -113,7 +113,7 @@ def draw(config: Config, plan: RecipePlan, name: str, number: int) -> list[Trial
     """
     space, found, seen = plan.space(name), [], set()
     for values in ({}, *_shuffled(space, name)):
-        made = settings(config.train.methods[name], values, f"methods.{name}.space", config.train.optimizer.epochs)
+        made = settings(config.train.methods[name], values, f"methods.{name}.space", config.train.optimizer)
         whole = {**made, "optimizer": {**plain(asdict(config.train.optimizer)), **made["optimizer"]}}
         identity = json.dumps(json.loads(json.dumps(whole), parse_int=float), sort_keys=True)  # 3 is 3.0
         if identity not in seen:
@@ -126,7 +126,7 @@ def draw(config: Config, plan: RecipePlan, name: str, number: int) -> list[Trial
 
 def double(config: Config, trial: Trial) -> Trial:
     """``trial`` with twice its epochs, as times those of ``config`` where that is a whole number."""
-    of = settings(config.train.methods[trial.method], trial.values, trial.name, config.train.optimizer.epochs)["optimizer"]
+    of = settings(config.train.methods[trial.method], trial.values, trial.name, config.train.optimizer)["optimizer"]
     epochs, unit = 2 * of.get("epochs", config.train.optimizer.epochs), config.train.optimizer.epochs
     values = {**trial.values, EPOCHS: epochs if epochs % unit else f"{epochs // unit}x"}
     return Trial(trial.method, trial.number, values, times=2 * trial.times)
@@ -141,9 +141,9 @@ def _shuffled(space: SearchSpace, name: str) -> list[dict[str, Any]]:
 
 def trial_config(config: Config, trials: Sequence[Trial]) -> Config:
     """``config`` with ``trials`` as its methods."""
-    known, epochs = config.train.methods, config.train.optimizer.epochs
+    known, optimizer = config.train.methods, config.train.optimizer
     methods = {
-        trial.name: settings(known[trial.method], trial.values, f"methods.{trial.method}.space", epochs) for trial in trials
+        trial.name: settings(known[trial.method], trial.values, f"methods.{trial.method}.space", optimizer) for trial in trials
     }
     return with_methods(config, methods, {"train.compare": [trial.name for trial in trials]})
 

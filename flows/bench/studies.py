@@ -168,11 +168,11 @@ def place_config(
         f"train.seeds={seeds}",
     ]
     config = load_config(here[0].config, overrides)
-    known, epochs = config.train.methods, config.train.optimizer.epochs
+    known, optimizer = config.train.methods, config.train.optimizer
     methods = {}
     for arm in everyone:
         check_name(f"study {arm.study}: methods.{arm.name}.like", arm.like, known)
-        methods[arm.run] = settings(known[arm.like], arm.changes, f"study {arm.study}: methods.{arm.name}.method", epochs)
+        methods[arm.run] = settings(known[arm.like], arm.changes, f"study {arm.study}: methods.{arm.name}.method", optimizer)
     compared = list(dict.fromkeys(arm.run for arm in here))
     return with_methods(config, methods, {"plan.kinds": image_kinds(methods), "train.compare": compared})
 

@@ -3,6 +3,7 @@ import yaml
 
 from csm.errors import InputError
 from csm.methods import Method, MixedTerm
+from csm.optimization import OptimizerConfig
 from csm.search.space import parse_space
 from flows.bench.recipe_plan import base_settings, check_datasets, image_kinds, read_plan, settings
 from flows.config import load_config
@@ -43,7 +44,7 @@ def test_the_bundled_plan_has_every_baseline_and_a_search_for_each():
     for name, entry in plan.methods.items():
         assert entry.like or name == plan.recipe or plan.space(name).size >= plan.full.trials  # the recipe has fewer choices
         for key in plan.space(name).keys if not entry.like else ():
-            settings(known[name], {key: 1}, name, 60)  # its section is there
+            settings(known[name], {key: 1}, name, OptimizerConfig())  # its section is there
 
 
 def test_what_a_method_needs_comes_along():
@@ -90,11 +91,27 @@ def test_data_sets_are_configurations():
 
 def test_settings_are_laid_over_a_method():
     method = Method(loss="focal", parameters={"gamma": 3.0})
-    made = settings(method, {"parameters.gamma": 1, "optimizer.epochs": "3x", "optimizer.shift": 1}, "here", 40)
+    values = {"parameters.gamma": 1, "optimizer.epochs": "3x", "optimizer.shift": 1}
+    made = settings(method, values, "here", OptimizerConfig(epochs=40))
     assert made["parameters"] == {"gamma": 1}
     assert made["optimizer"] == {"epochs": 120, "shift": 1}
     assert made["loss"] == "focal"
-    assert settings(method, {}, "here", 40) == settings(method, {"parameters.gamma": 3.0}, "here", 40)
+    optimizer = OptimizerConfig()
+    assert settings(method, {}, "here", optimizer) == settings(method, {"parameters.gamma": 3.0}, "here", optimizer)
+
+
+def test_milestones_move_with_the_epochs():
+    steps = OptimizerConfig(epochs=40, schedule="multi-step", milestones=(20, 30))
+    own = Method(optimizer={"epochs": 80, "milestones": [50]})
+
+    def made(method, values):
+        return settings(method, values, "here", steps)["optimizer"]
+
+    assert made(Method(), {"optimizer.epochs": "3x"}) == {"epochs": 120, "milestones": [60, 90]}
+    assert made(Method(), {"optimizer.epochs": 30}) == {"epochs": 30, "milestones": [15, 22]}
+    assert made(own, {"optimizer.epochs": "4x"}) == {"epochs": 160, "milestones": [100]}
+    assert made(own, {"optimizer.shift": 1}) == own.optimizer | {"shift": 1}
+    assert made(Method(), {"optimizer.epochs": "3x", "optimizer.milestones": [100]}) == {"epochs": 120, "milestones": [100]}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +124,7 @@ def test_settings_are_laid_over_a_method():
 )
 def test_settings_that_a_method_cannot_have_are_refused(values, told):
     with pytest.raises(InputError, match=told):
-        settings(Method(), values, "here", 60)
+        settings(Method(), values, "here", OptimizerConfig())
 
 
 def test_a_method_like_another_has_what_was_chosen_for_that():
@@ -121,11 +138,11 @@ def test_a_method_like_another_has_what_was_chosen_for_that():
 
 def test_kinds_of_images_that_methods_need():
     terms = [MixedTerm(images="pixel"), MixedTerm(), MixedTerm(images="unmixed", schedule="uniform")]
-    made = {str(number): settings(Method(mixed=term), {}, "", 1) for number, term in enumerate(terms)}
+    made = {str(number): settings(Method(mixed=term), {}, "", OptimizerConfig()) for number, term in enumerate(terms)}
     assert image_kinds(made) == ["semantic", "unmixed", "pixel"]
     several = MixedTerm(images=("noised", "semantic"))
-    assert image_kinds({"several": settings(Method(mixed=several), {}, "", 1)}) == ["semantic", "noised"]
+    assert image_kinds({"several": settings(Method(mixed=several), {}, "", OptimizerConfig())}) == ["semantic", "noised"]
     nested = {"mixed.weight": {"values": {4: {"mixed.images": ["noised"]}, 16: {}}}}
     spaces = [{"mixed": {"images": ["pixel", ["real", "semantic"]]}}, {"mixed.weight": [1]}, nested]
     assert image_kinds({}, [parse_space(space) for space in spaces]) == ["semantic", "pixel", "noised", "real"]
-    assert image_kinds({"plain": settings(Method(), {}, "", 1)}) == ["semantic"]
+    assert image_kinds({"plain": settings(Method(), {}, "", OptimizerConfig())}) == ["semantic"]
