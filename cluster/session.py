@@ -41,7 +41,7 @@ def session(address: str = "local", cpus: int | None = None, cap: Cap = NO_CAP, 
     Raises:
         InputError: nothing answers at ``address``.
     """
-    with _environment_kept() if address == "local" else nullcontext(), _connected(address, cpus, cap, namespace):
+    with _environment_kept() if address in ("local", "auto") else nullcontext(), _connected(address, cpus, cap, namespace):
         yield
 
 
@@ -69,7 +69,8 @@ def _connected(address: str, cpus: int | None, cap: Cap, namespace: str | None) 
     else:
         require_answer(address)
         try:
-            ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
+            found = _without_token() if address == "auto" else None
+            ray.init(address=found or address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             hint = _HINT if os.environ.get("RAY_AUTH_MODE") == "token" else f"{_TOKEN_HINT}; else {_HINT}"
@@ -133,17 +134,42 @@ def require_answer(address: str) -> None:
         raise InputError(f"--address {address}: what answers at {host} port {port} is not Ray; {_HINT}")
 
 
-# What only a Ray of one's own sets in the environment: in the token mode that it turns on no cluster without a token can be joined.
-_OF_LOCAL = ("RAY_AUTH_MODE", "RAY_BACKEND_LOG_LEVEL", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S")
+def _without_token() -> str | None:
+    """HOST:PORT of the cluster that ``auto`` finds if that can be joined without a token; None: Ray has to find it, and the token.
+
+    Ray joins what it finds by itself with the token of ~/.ray/auth_token, if there is one. A Ray of one's own (``local``) leaves one there,
+    and a cluster that was started before, without, loses the actors of whoever comes with a token.
+
+    Raises:
+        ConnectionError: no cluster is found.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return None
+    import grpc
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    found = canonicalize_bootstrap_address("auto")
+    with grpc.insecure_channel(found) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=CONNECT_SECONDS)
+        except grpc.RpcError:
+            return None
+    return str(found)
+
+
+# What only Ray itself sets in the environment: in the token mode that it turns on no cluster without a token can be joined.
+_OF_RAY = ("RAY_AUTH_MODE", "RAY_BACKEND_LOG_LEVEL", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S")
 
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    before = {name: os.environ[name] for name in _OF_LOCAL if name in os.environ}
+    before = {name: os.environ[name] for name in _OF_RAY if name in os.environ}
     try:
         yield
     finally:
-        for name in _OF_LOCAL:
+        for name in _OF_RAY:
             os.environ.pop(name, None)
         os.environ.update(before)
         Config.initialize("")  # Ray reads them once

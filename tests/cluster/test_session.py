@@ -1,9 +1,11 @@
+import os
 import re
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -140,6 +142,61 @@ def test_a_cluster_without_a_token_is_joined_after_a_ray_of_ones_own_which_has_o
     command = [sys.executable, "-c", BOTH, ray_address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == "42\n", done.stderr
+
+
+AUTO = """
+import functools
+import os
+import sys
+import ray
+from ray._private import services
+from cluster.session import session
+
+@ray.remote(num_cpus=0)
+class Actor:
+    def answer(self):
+        return 42
+
+services.find_gcs_addresses = functools.cache(lambda: {sys.argv[1]})  # other clusters may run on this machine
+with session("auto"):
+    print(ray.get(Actor.remote().answer.remote()))
+assert "RAY_AUTH_MODE" not in os.environ
+"""
+
+
+def joined_by_auto(address, home):
+    """What a process with this home folder prints that finds the cluster at ``address``."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_AUTH_MODE", "RAY_ADDRESS")}
+    command = [sys.executable, "-c", AUTO, address]
+    done = subprocess.run(
+        command, env=environment | {"HOME": str(home)}, capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.stdout, done.stderr
+
+
+@pytest.mark.ray
+def test_auto_brings_no_token_to_a_cluster_without_one(ray_address, tmp_path):
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("a" * 64)
+    stdout, stderr = joined_by_auto(ray_address, tmp_path)
+    assert stdout == "42\n", stderr
+
+
+@pytest.mark.ray
+def test_auto_brings_the_token_that_a_cluster_asks_for():
+    own = """
+import ray
+from cluster.session import session
+with session("local", cpus=1):
+    print(ray.get_runtime_context().gcs_address, flush=True)
+    input()
+"""
+    with subprocess.Popen([sys.executable, "-c", own], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as head:
+        try:
+            stdout, stderr = joined_by_auto(head.stdout.readline().strip(), Path.home())
+        finally:
+            head.communicate("\n", timeout=60)
+    assert stdout == "42\n", stderr
 
 
 @pytest.mark.ray
