@@ -10,8 +10,9 @@ if TYPE_CHECKING:  # planning asks the rule of pairs
 AUTO = "auto"
 ALL_PAIRS = 16  # classes at most of which every pair is mixed: 120 pairs
 LEAST_NEAR = 5  # classes at least that each is mixed with where not all are
-FEW, PER_FEW = 512, 32  # training images up to which each gets so many mixed ones
-MANY, PER_MANY = 4096, 4  # and from which on; in between their number stays
+PER_FEW = 32  # mixed images for each real one where there are few
+ENOUGH, PER_CLASS = 16_384, 1_024  # mixed images, and those of a class if that is more, up to which few get more
+PER_MANY = 4  # mixed images for each real one where there are many
 MOST = 1_000_000  # mixed images
 
 
@@ -30,9 +31,13 @@ def near_classes(n_classes: int) -> int:
     return min(n_classes - 1, max(LEAST_NEAR, (n_classes - 1).bit_length()))
 
 
-def mixed_images(train_images: int) -> int:
-    """How many mixed images go with so many real ones, ends of sets included; the plan has as many or, to be of whole sets, some more."""
-    return min(MOST, max(min(PER_FEW * train_images, PER_FEW * FEW), PER_MANY * train_images))
+def mixed_images(train_images: int, n_classes: int) -> int:
+    """How many mixed images go with so many real ones of K classes, ends of sets included.
+
+    A plan of all pairs has as many or, to be of whole sets, some more.
+    """
+    enough = max(ENOUGH, PER_CLASS * n_classes)
+    return min(MOST, max(min(PER_FEW * train_images, enough), PER_MANY * train_images))
 
 
 def count_pairs(pairs: str | Sequence[object], n_classes: int, per_class: int) -> int:
@@ -54,7 +59,7 @@ def resolve_plan(config: "PlanConfig", n_classes: int, train_images: int) -> "Pl
     sets = config.sets_per_pair
     if isinstance(sets, str):
         per_set = config.ratios if isinstance(config.ratios, int) else max(1, len(config.ratios))
-        sets = -(-mixed_images(train_images) // (count_pairs(pairs, n_classes, near) * per_set))
+        sets = -(-mixed_images(train_images, n_classes) // (count_pairs(pairs, n_classes, near) * per_set))
     return replace(config, pairs=pairs, pairs_per_class=near, sets_per_pair=sets)
 
 
@@ -66,7 +71,7 @@ def explain(config: "PlanConfig", n_classes: int, train_images: int, pairs: int)
         near = f"each of {n_classes:,} classes with the {resolved.pairs_per_class} that the teacher takes it for most easily"
         lines.append(f"pairs: {all_of_them if resolved.pairs == 'all' else near}")
     if config.sets_per_pair == AUTO:
-        images = mixed_images(train_images)
+        images = mixed_images(train_images, n_classes)
         each = images // train_images
         many = f"{each} mixed images for each of {train_images:,} real ones"
         total = f"{images:,} mixed images for {train_images:,} real ones"

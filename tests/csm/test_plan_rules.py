@@ -16,17 +16,22 @@ from csm.planning import PlanConfig, make_plan
 
 
 @pytest.mark.parametrize(
-    ("train", "images"),
-    [(1, 32), (100, 3200), (512, 16_384), (539, 16_384), (4096, 16_384), (4097, 16_388), (45_000, 180_000), (10**7, 10**6)],
-)
-def test_mixed_images_for_so_many_real_ones(train: int, images: int) -> None:
-    assert mixed_images(train) == images
+    ("train", "classes", "images"),
+    [
+        (1, 2, 32), (100, 10, 3200), (512, 10, 16_384), (539, 10, 16_384), (4096, 16, 16_384), (4097, 16, 16_388), (45_000, 10, 180_000),
+        (300, 30, 9600), (959, 30, 30_688), (3000, 30, 30_720), (7680, 30, 30_720), (7681, 30, 30_724), (45_000, 100, 180_000),
+        (10**5, 1000, 10**6), (10**7, 10, 10**6),
+    ],
+)  # fmt: skip
+def test_mixed_images_for_so_many_real_ones(train: int, classes: int, images: int) -> None:
+    assert mixed_images(train, classes) == images
 
 
-@given(st.integers(1, 2_000_000))
-def test_more_real_images_never_get_fewer_mixed_ones(train: int) -> None:
-    assert mixed_images(train) <= mixed_images(train + 1) <= MOST
-    assert mixed_images(train) >= min(4 * train, MOST)
+@given(st.integers(1, 2_000_000), st.integers(2, 2000))
+def test_more_real_images_or_classes_never_get_fewer_mixed_ones(train: int, classes: int) -> None:
+    assert mixed_images(train, classes) <= mixed_images(train + 1, classes) <= MOST
+    assert mixed_images(train, classes) <= mixed_images(train, classes + 1)
+    assert mixed_images(train, classes) >= min(4 * train, MOST)
 
 
 @pytest.mark.parametrize(("classes", "near"), [(2, 1), (5, 4), (17, 5), (32, 5), (33, 6), (100, 7), (200, 8), (1000, 10)])
@@ -43,8 +48,9 @@ def test_there_are_as_many_images_as_the_rule_says_and_not_a_set_more(classes: i
     plan = resolve_plan(PlanConfig(ratios=ratios), classes, train)
     round_of_sets = classes * (classes - 1) // 2 * ratios
     assert plan.sets >= 1
-    assert plan.sets * round_of_sets >= mixed_images(train)
-    assert plan.sets == 1 or (plan.sets - 1) * round_of_sets < mixed_images(train)
+    images = mixed_images(train, classes)
+    assert plan.sets * round_of_sets >= images
+    assert plan.sets == 1 or (plan.sets - 1) * round_of_sets < images
 
 
 def test_what_is_set_stays() -> None:
