@@ -58,8 +58,7 @@ def resolve_plan(config: "PlanConfig", n_classes: int, train_images: int) -> "Pl
     near = near_classes(n_classes) if isinstance(config.pairs_per_class, str) else config.pairs_per_class
     sets = config.sets_per_pair
     if isinstance(sets, str):
-        per_set = config.ratios if isinstance(config.ratios, int) else max(1, len(config.ratios))
-        sets = -(-mixed_images(train_images, n_classes) // (count_pairs(pairs, n_classes, near) * per_set))
+        sets = -(-mixed_images(train_images, n_classes) // (count_pairs(pairs, n_classes, near) * _images_of_a_set(config)))
     return replace(config, pairs=pairs, pairs_per_class=near, sets_per_pair=sets)
 
 
@@ -73,9 +72,13 @@ def explain(config: "PlanConfig", n_classes: int, train_images: int, pairs: int)
     if config.sets_per_pair == AUTO:
         images = mixed_images(train_images, n_classes)
         each = images // train_images
-        many = f"{each} mixed images for each of {train_images:,} real ones"
-        total = f"{images:,} mixed images for {train_images:,} real ones"
+        asked = f"{each} for each of" if each * train_images == images else f"{images:,} for"
         lines.append(
-            f"{resolved.sets_per_pair:,} sets for each of {pairs:,} pairs: {many if each * train_images == images else total}"
+            f"{resolved.sets:,} sets for each of {pairs:,} pairs: {pairs * resolved.sets * _images_of_a_set(config):,} mixed images; "
+            f"the rule asks for {asked} {train_images:,} real ones"
         )
     return lines
+
+
+def _images_of_a_set(config: "PlanConfig") -> int:
+    return config.ratios if isinstance(config.ratios, int) else max(1, len(config.ratios))

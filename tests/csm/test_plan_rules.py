@@ -81,16 +81,20 @@ def test_by_the_rules_the_demos_data_would_get_46_sets() -> None:
     lines = explain(PlanConfig(), 10, 539, 45)
     assert lines == [
         "pairs: all 45 of 10 classes, which are no more than 16",
-        "46 sets for each of 45 pairs: 16,384 mixed images for 539 real ones",
+        "46 sets for each of 45 pairs: 16,560 mixed images; the rule asks for 16,384 for 539 real ones",
     ]
 
 
 @pytest.mark.parametrize(
     ("classes", "train", "line"),
     [
-        (10, 100, "9 sets for each of 45 pairs: 32 mixed images for each of 100 real ones"),
-        (10, 45_000, "500 sets for each of 45 pairs: 4 mixed images for each of 45,000 real ones"),
-        (10, 1_281_167, "2,778 sets for each of 45 pairs: 1,000,000 mixed images for 1,281,167 real ones"),
+        (10, 100, "9 sets for each of 45 pairs: 3,240 mixed images; the rule asks for 32 for each of 100 real ones"),
+        (10, 45_000, "500 sets for each of 45 pairs: 180,000 mixed images; the rule asks for 4 for each of 45,000 real ones"),
+        (
+            10,
+            1_281_167,
+            "2,778 sets for each of 45 pairs: 1,000,080 mixed images; the rule asks for 1,000,000 for 1,281,167 real ones",
+        ),
     ],
 )
 def test_the_arithmetic_is_said(classes: int, train: int, line: str) -> None:

@@ -213,7 +213,7 @@ def test_the_rules_are_resolved_and_told(fitted: Path, capsys: pytest.CaptureFix
     said = capsys.readouterr().err
     assert "  1,920 images: 10 of 10 pairs x 64 sets x 3 ratios" in said
     assert "  auto: pairs: all 10 of 5 classes, which are no more than 16" in said
-    assert "  auto: 64 sets for each of 10 pairs: 32 mixed images for each of 60 real ones" in said
+    assert "  auto: 64 sets for each of 10 pairs: 1,920 mixed images; the rule asks for 32 for each of 60 real ones" in said
 
 
 def test_what_is_set_to_what_the_rules_say_is_the_same_plan(fitted: Path) -> None:
