@@ -143,8 +143,8 @@ def _without_token() -> str | None:
     Raises:
         ConnectionError: no cluster is found.
     """
-    if "RAY_AUTH_MODE" in os.environ:
-        return None
+    if "RAY_AUTH_MODE" in os.environ or os.environ.get("RAY_ADDRESS"):
+        return None  # Ray does what they say
     import grpc
     from ray._private.services import canonicalize_bootstrap_address
     from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
