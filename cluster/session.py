@@ -159,7 +159,7 @@ def _without_token() -> str | None:
     return str(found)
 
 
-# What only Ray itself sets in the environment: in the token mode that it turns on no cluster without a token can be joined.
+# What a session sets in the environment, or Ray in it: in the token mode that Ray turns on no cluster without a token can be joined.
 _OF_RAY = ("RAY_AUTH_MODE", "RAY_BACKEND_LOG_LEVEL", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S")
 
 
