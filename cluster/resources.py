@@ -3,12 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from csm.errors import InputError
-
-STRICT = ConfigDict(extra="forbid")
+from csm.parameters import STRICT
 
 
 @dataclass(frozen=True, config=STRICT)

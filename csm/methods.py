@@ -4,10 +4,11 @@ import math
 from dataclasses import asdict
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid")
+from csm.parameters import STRICT
+
 Ramp = Literal["constant", "linear-up", "linear-down", "cosine-up", "cosine-down", "cyclic"]
 
 

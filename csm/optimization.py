@@ -4,16 +4,17 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
+from csm.parameters import STRICT
 from csm.precision import Precision
 
 Choice = Literal["last", "val-nll", "val-accuracy"]
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=STRICT)
 class OptimizerConfig:
     """How long and how fast: the same for every method that is compared.
 

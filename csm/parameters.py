@@ -6,9 +6,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from csm.errors import InputError
+
+# Of dataclasses that are read from YAML.
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def expected(error: Any) -> str:

@@ -5,15 +5,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from csm.errors import InputError
 from csm.losses.hard import cross_entropy
 from csm.losses.loss import Loss, NonNegative, Positive, widen
-from csm.parameters import check_parameters
-
-SETTINGS = ConfigDict(extra="forbid")
+from csm.parameters import STRICT, check_parameters
 
 
 class PixelMixing:
@@ -46,7 +43,7 @@ class PixelMixing:
         raise NotImplementedError
 
 
-@dataclass(frozen=True, config=SETTINGS)
+@dataclass(frozen=True, config=STRICT)
 class Mixup(PixelMixing):
     """r x_i + (1 - r) x_j, targets likewise; one r from Beta(alpha, alpha) for the batch (Zhang et al. 2018, eq. 1)."""
 
@@ -57,7 +54,7 @@ class Mixup(PixelMixing):
         return _blend(ratio, images, target, _partners(images, generator))
 
 
-@dataclass(frozen=True, config=SETTINGS)
+@dataclass(frozen=True, config=STRICT)
 class CutMix(PixelMixing):
     """A box of another image pasted in, the same box for the whole batch; targets by its exact share of the pixels (Yun et al. 2019).
 
@@ -78,7 +75,7 @@ class CutMix(PixelMixing):
         return mixed, (1 - pasted) * target + pasted * target[other]
 
 
-@dataclass(frozen=True, config=SETTINGS)
+@dataclass(frozen=True, config=STRICT)
 class RegMixup(PixelMixing):
     """Loss of the real images + weight * cross-entropy of their mixup (Pinto et al. 2022, who take CE for both).
 
@@ -99,7 +96,7 @@ class RegMixup(PixelMixing):
         return hard(logits, target) + self.weight * cross_entropy(mixed_logits, mixed_target)
 
 
-@dataclass(frozen=True, config=SETTINGS)
+@dataclass(frozen=True, config=STRICT)
 class RankMixup(PixelMixing):
     """Loss of the real images + weight * mean_i relu(max_k z'_ik - max_k z_ik + margin), z' the logits of the mixture of image i.
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from scipy.special import betaincinv
 
@@ -17,7 +17,7 @@ from csm import storage, tables
 from csm.errors import InputError
 from csm.noise import mix_seeds
 from csm.pairs import Pairs, all_pairs, listed_pairs
-from csm.parameters import check_name
+from csm.parameters import STRICT, check_name
 from csm.plan_rules import pair_policy
 
 MEASURED = ("confusion", "prototypes")  # policies whose pairs are chosen by what fitted annotators say
@@ -27,7 +27,7 @@ SHARDS_OF_KIND = 10_000_000  # each kind has numbers of its own: its part files 
 CHUNK_ROWS = 65536  # of a row group, about: what a reader of one shard decodes
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=STRICT)
 class PlanConfig:
     """Which mixed images to make. What is ``auto`` is resolved by ``csm.plan_rules`` once the data are known.
 

@@ -10,17 +10,18 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from csm.noise_schedules import SPACINGS, karras_sigmas
+from csm.parameters import STRICT
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 FreshNoise = Callable[[int], torch.Tensor]  # step, counted from 0 -> standard normal (N, C, H, W)
 Renoise = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=STRICT)
 class SamplerConfig:
     """How the ODE is solved.
 

@@ -5,19 +5,18 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from csm.encoders import ENCODERS
 from csm.errors import InputError
 from csm.optimization import OptimizerConfig
-from csm.parameters import check_name, check_parameters
+from csm.parameters import STRICT, check_name, check_parameters
 from csm.reannotation import CALIBRATORS, HEADS, POOLS, fit_ensemble
 from flows.folders import folder_files
 
 AUTO, ENSEMBLE = "auto", "ensemble"
 RESERVED = (AUTO, "none", "mixed", "members", "encoders")  # they mean something else, some of them as folders
-STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from cluster.resources import ResourcesConfig
@@ -19,7 +19,7 @@ from csm.generators.importing import IMPORTERS
 from csm.locations import is_remote
 from csm.methods import Method
 from csm.mixing import NOISED
-from csm.parameters import check_name, check_parameters
+from csm.parameters import STRICT, check_name, check_parameters
 from csm.planning import PlanConfig, check_kinds, ratio_grid
 from csm.posthoc import POSTHOC
 from csm.precision import Precision
@@ -32,7 +32,6 @@ from flows.masking import has_secret, masked
 from flows.methods import TrainConfig, check_teacher, check_train
 from flows.sweeps import TuneConfig, check_tune
 
-STRICT = ConfigDict(extra="forbid")
 REGISTRY_FORBIDS = "/:%'\""  # in the name of a model
 
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 from typing import Any
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from csm.classifiers import NETWORKS
@@ -11,7 +11,7 @@ from csm.errors import InputError
 from csm.losses import HARD, SOFT, build_loss
 from csm.methods import Method, MixedTerm
 from csm.optimization import OptimizerConfig
-from csm.parameters import check_name, check_parameters
+from csm.parameters import STRICT, check_name, check_parameters
 from csm.pixel_mixing import build_pixel_mixing
 from csm.planning import REAL
 from csm.schedules import OF_PAIRS, SCHEDULES, WITHOUT_PAIRS
@@ -20,7 +20,7 @@ from flows.annotators import AnnotateConfig, TeacherConfig, check_asked, check_f
 from flows.config_errors import explain
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """Classifiers to train: every method of ``compare`` (empty: all of ``methods``) with seeds 0..seeds-1.
 

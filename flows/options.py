@@ -18,6 +18,8 @@ class Place(click.ParamType[Path]):
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if value == "":  # of a shell variable that is not set, it would be the folder where one stands
+            self.fail("it is empty; give a folder, . for this one", param, ctx)
         return location(value)
 
 

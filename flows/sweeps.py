@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from csm.errors import InputError
 from csm.methods import Method
 from csm.metrics import METRICS
-from csm.parameters import check_name
+from csm.parameters import STRICT, check_name
 from csm.posthoc import POSTHOC
 from csm.search.space import SearchSpace, parse_space
 from csm.search.study import check_search
@@ -19,7 +19,6 @@ from flows.methods import teacher_training
 if TYPE_CHECKING:  # a Config has a TuneConfig
     from flows.config import Config
 
-STRICT = ConfigDict(extra="forbid")
 EPOCH_METRICS = ("nll", "accuracy", "ece")  # what a training measures on validation after each epoch
 BASELINE = "cross-entropy"
 TRIED = ("method", "data", "generator", "plan", "mix", "annotate", "train")  # sections whose settings change a classifier

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from csm.datasets.decoding import check_form, resize
-from csm.datasets.real import RealDataset, build, complete_splits
+from csm.datasets.real import RealDataset, Seed, build, complete_splits
 from csm.datasets.tar_files import members
 from csm.errors import InputError
 from csm.pickles import Record, read_pickle
@@ -20,7 +20,7 @@ _KNOWN = {"numpy.ndarray", "numpy.dtype", *_RECONSTRUCT}
 _SIDE = 32  # pixels; three planes of _SIDE * _SIDE bytes an image: red, green, blue
 
 
-def cifar10(path: str, val: float = 0.1, seed: int = 0, size: int = 0) -> RealDataset:
+def cifar10(path: str, val: float = 0.1, seed: Seed = 0, size: int = 0) -> RealDataset:
     """CIFAR-10: ten classes, 50,000 images to train with and 10,000 to test, 32x32 in colour.
 
     Args:
@@ -34,7 +34,7 @@ def cifar10(path: str, val: float = 0.1, seed: int = 0, size: int = 0) -> RealDa
     return _load("cifar10", path, CIFAR10, "batches.meta", ("labels", "label_names"), val, seed, size)
 
 
-def cifar100(path: str, labels: str = "fine", val: float = 0.1, seed: int = 0, size: int = 0) -> RealDataset:
+def cifar100(path: str, labels: str = "fine", val: float = 0.1, seed: Seed = 0, size: int = 0) -> RealDataset:
     """CIFAR-100: ``labels`` "fine" (100 classes) or "coarse" (20), 50,000 images to train with and 10,000 to test; see ``cifar10``."""
     if labels not in ("fine", "coarse"):
         raise InputError(f"data.labels: expected fine or coarse, got {labels!r}")

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from csm.datasets.real import RealDataset, build, stratified_splits
+from csm.datasets.real import Amount, RealDataset, Seed, build, stratified_splits
 from csm.errors import InputError
 
 CLASS_NAMES = tuple("0123456789")
 
 
-def digits(val: float = 0.2, test: float = 0.4, seed: int = 0) -> RealDataset:
+def digits(val: float = 0.2, test: float = 0.4, seed: Seed = 0) -> RealDataset:
     """The digits as they are, 8x8 grey levels 0..16 scaled to 0..255.
 
     Args:
@@ -22,10 +22,10 @@ def digits(val: float = 0.2, test: float = 0.4, seed: int = 0) -> RealDataset:
 def digits_hard(
     val: float = 0.3,
     test: float = 0.4,
-    seed: int = 0,
-    max_shift: float = 1.0,
-    blur: float = 0.6,
-    noise: float = 0.14,
+    seed: Seed = 0,
+    max_shift: Amount = 1.0,
+    blur: Amount = 0.6,
+    noise: Amount = 0.14,
 ) -> RealDataset:
     """The same real digits made ambiguous: every image once, moved, blurred and covered with noise.
 
@@ -48,10 +48,10 @@ def digits_hard(
 def digits_degraded(
     val: float = 0.3,
     test: float = 0.4,
-    seed: int = 0,
-    blur: float = 0.9,
+    seed: Seed = 0,
+    blur: Amount = 0.9,
     contrast: float = 0.4,
-    noise: float = 0.07,
+    noise: Amount = 0.07,
     patch: int = 3,
 ) -> RealDataset:
     """The same real digits as a bad camera sees them: every image once, blurred, pale, with some noise and partly covered.

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from csm.datasets.decoding import check_form, decode
-from csm.datasets.real import RealDataset, build, complete_splits
+from csm.datasets.real import RealDataset, Seed, build, complete_splits
 from csm.datasets.source_files import number_classes, read_class_names, some_files, splits_of
 from csm.errors import InputError
 
@@ -29,7 +29,7 @@ def huggingface(
     channels: int = 3,
     val: float = 0.1,
     test: float = 0.2,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> RealDataset:
     """Read parquet files; the first word of a file's name, or its folder's name, says the split (train, validation or valid or val, test).
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from csm import tables
 from csm.datasets.decoding import check_form, decode
-from csm.datasets.real import RealDataset, build, complete_splits
+from csm.datasets.real import RealDataset, Seed, build, complete_splits
 from csm.errors import InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -18,7 +18,7 @@ def image_folder(
     channels: int = 3,
     val: float = 0.15,
     test: float = 0.25,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> RealDataset:
     """Read a folder with one subfolder per class, whose sorted names are the class names.
 
@@ -36,7 +36,8 @@ def image_folder(
     """
     root = Path(path)
     if not root.is_dir():
-        raise InputError(f"data.path: image folder {root} does not exist")
+        what = "is no folder" if root.exists() else "does not exist"
+        raise InputError(f"data.path: image folder {root} {what}; give one with a subfolder for each class")
     check_form(size, channels)
     parts = {"train": root}
     if (root / "train").is_dir():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from csm.datasets.decoding import check_form, resize
-from csm.datasets.real import RealDataset, build, complete_splits
+from csm.datasets.real import RealDataset, Seed, build, complete_splits
 from csm.datasets.source_files import number_classes, read_class_names
 from csm.errors import InputError
 from csm.pickles import not_plain
@@ -22,7 +22,7 @@ KEYS = {
 _EXPECTED = "images and labels, or x_train, y_train, x_test, y_test (x_val, y_val), or train_images, train_labels, ..."
 
 
-def npz(path: str, class_names: str = "", size: int = 0, val: float = 0.1, test: float = 0.2, seed: int = 0) -> RealDataset:
+def npz(path: str, class_names: str = "", size: int = 0, val: float = 0.1, test: float = 0.2, seed: Seed = 0) -> RealDataset:
     """Read a file ``*.npz`` with arrays ``images`` and ``labels``, or such arrays for each split.
 
     Images are uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3), labels whole numbers (N,) or (N, 1). A missing validation or test split is

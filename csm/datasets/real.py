@@ -4,15 +4,21 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import polars as pl
 import torch
+from pydantic import Field
 
 from csm import storage, tables
 from csm.errors import InputError
 from csm.generators import ExactGenerator, load_truth
 from csm.locations import remove
+
+# The ranges of the sources' settings, see ``csm.parameters.check_parameters``.
+Seed = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 CHUNK = 256  # images that are copied at once: bounds the memory beside the images and the table
 

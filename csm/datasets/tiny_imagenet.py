@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from csm.datasets.decoding import check_form, decode
-from csm.datasets.real import RealDataset, build, complete_splits
+from csm.datasets.real import RealDataset, Seed, build, complete_splits
 from csm.errors import InputError
 
 EXPECTED = "expected the folder tiny-imagenet-200 with wnids.txt, words.txt, train/WNID/images/*.JPEG, val/val_annotations.txt"
 
 
-def tiny_imagenet(path: str, val: float = 0.1, seed: int = 0, size: int = 0, channels: int = 3) -> RealDataset:
+def tiny_imagenet(path: str, val: float = 0.1, seed: Seed = 0, size: int = 0, channels: int = 3) -> RealDataset:
     """Tiny-ImageNet: its ``val`` is the test split here, for the labels of its own test images are not published.
 
     Classes are in the order of their WordNet ids, named by the first of their words; where two have the same, the id follows.

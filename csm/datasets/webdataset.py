@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from csm.datasets.decoding import check_form, decode
-from csm.datasets.real import RealDataset, build, complete_splits
+from csm.datasets.real import RealDataset, Seed, build, complete_splits
 from csm.datasets.source_files import number_classes, read_class_names, some_files, splits_of
 from csm.datasets.tar_files import members
 from csm.errors import InputError
@@ -25,7 +25,7 @@ def webdataset(
     channels: int = 3,
     val: float = 0.1,
     test: float = 0.2,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> RealDataset:
     """Read tar files; the first word of a file's name, or its folder's name, says the split (train, val or validation or valid, test).
 

@@ -2,11 +2,13 @@
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from csm.parameters import STRICT
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+
+@dataclass(frozen=True, config=STRICT)
 class GeneratorConfig:
     """The model that mixes: imported from ``path``, or made from the train split.
 

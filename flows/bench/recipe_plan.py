@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from csm.errors import InputError
 from csm.methods import Method
 from csm.optimization import OptimizerConfig
-from csm.parameters import check_name
+from csm.parameters import STRICT, check_name
 from csm.search.space import SearchSpace, parse_space
 from csm.tables import KINDS
 from flows.config import Config, plain
 from flows.config_errors import explain
 from flows.config_layers import config_names, merge, nested
 
-STRICT = ConfigDict(extra="forbid")
 BUNDLED = "bench/recipe.yaml"
 KNOWN_TRUTH = "gaussians"  # the data source whose true posterior is known
 BASELINES = ("loss", "pixel-mixing")

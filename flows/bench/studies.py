@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from csm import storage
 from csm.errors import InputError
-from csm.parameters import check_name
+from csm.parameters import STRICT, check_name
 from flows.bench.recipe_plan import image_kinds, settings, with_methods
 from flows.config import Config, load_config
 from flows.config_errors import explain
@@ -26,7 +26,7 @@ BASE = "{base}"  # in a value: the folder of the workspace in which nothing but 
 SETTINGS = ("evaluate.posthoc=[temperature]", "evaluate.shifts=null", "register.enabled=false", "train.loss=null")
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=STRICT)
 class Study:
     """A question, and the trainings that answer it.
 

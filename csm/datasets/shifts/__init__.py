@@ -8,7 +8,6 @@ from dataclasses import field
 from functools import partial
 from typing import Any, NamedTuple
 
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from csm.datasets import RealDataset, source_digest
@@ -16,11 +15,11 @@ from csm.datasets.shifts.corruption_sets import cifar_c, class_folders, npy_file
 from csm.datasets.shifts.corruptions import CORRUPTIONS, corrupted
 from csm.datasets.shifts.outside import check_other_dataset, other_dataset, photographs
 from csm.datasets.shifts.part import ShiftPart
-from csm.parameters import check_name, check_parameters
+from csm.parameters import STRICT, check_name, check_parameters
 from csm.storage import digest
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=STRICT)
 class ShiftConfig:
     """One set: its kind, a key of ``SHIFTS``, and the settings of that kind."""
 

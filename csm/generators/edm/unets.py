@@ -5,12 +5,13 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
 from csm.generators.edm.layers import Block, BlockStyle, DownAfterConv, Resample, conv, group_norm
 from csm.generators.edm.mapping import DhariwalMapping, FourierEmbedding, PositionalEmbedding, SongMapping
+from csm.parameters import STRICT
 
 # Bounds far beyond any network that was trained: a damaged file must not have us build for hours.
 Channels = Annotated[int, Field(ge=1, le=4096)]
@@ -19,7 +20,7 @@ Multiples = Annotated[tuple[Multiple, ...], Field(min_length=1, max_length=12)]
 Blocks = Annotated[int, Field(ge=1, le=64)]
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class UNetSettings:
     """What both networks have.
 
@@ -57,7 +58,7 @@ class UNetSettings:
         ]
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class SongUNetSettings(UNetSettings):
     """DDPM++ and NCSN++ (Song et al. 2021, app. H; Karras et al. 2022, table 7).
 
@@ -81,7 +82,7 @@ class SongUNetSettings(UNetSettings):
     resample_filter: Annotated[tuple[Multiple, ...], Field(min_length=2, max_length=8)] = (1, 1)
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DhariwalUNetSettings(UNetSettings):
     """ADM (Dhariwal & Nichol 2021; Karras et al. 2022, table 7)."""
 

@@ -31,6 +31,7 @@ def use(path):
     [
         (("data.val=0.9",), "data.val, data.test: expected fractions whose sum is below 1"),
         (("data.source=image-folder", "data.path=none"), "data.path: image folder none does not exist"),
+        (("data.source=image-folder", f"data.path={__file__}"), f"data.path: image folder {__file__} is no folder"),
         (("data.source=image-folder", "data.path=.", "data.channels=2"), "data.channels: expected 1 (grey) or 3 (RGB), got 2"),
         (("data.source=image-folder", "data.path=.", "data.size=-1"), "data.size: expected pixels"),
     ],

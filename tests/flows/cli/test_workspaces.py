@@ -15,6 +15,13 @@ def test_a_workspace_that_cannot_be_written(refused, workspace, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_workspace_of_no_name_is_not_the_folder_where_one_stands(call, tmp_path):
+    code, out, err = call("prepare", "--workspace", "")
+    assert (code, out) == (2, "")
+    assert "'--workspace': it is empty" in err
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense", "127.0.0.1"])
 @pytest.mark.parametrize("verb", ["run", "mix", "prepare"])
 def test_an_address_that_does_not_answer(refused, verb, address, tmp_path):
