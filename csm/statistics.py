@@ -11,6 +11,7 @@ which matters where S is 2 or 5 (Rao & Wu, JASA 1988). Still, few seeds tell the
 over one seed is about the images alone, and is no ground to prefer a method.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ def bootstrap(
     The draws of a metric are shifted so that their mean is the metric of the sample, the mean over its seeds. For means of images the
     shift is the noise of finitely many draws; the ECE of a resample is biased upwards, as its bins hold the noise of sample and resample
     (Efron & Tibshirani, ch. 10), so that without it an interval could lie above the value that it is about. A shifted ECE can be a
-    little below 0.
+    little below 0 (``interval`` has ``least`` for that).
 
     Args:
         runs: method -> for each seed ``(log_probs (N, K), labels (N,))``, the seeds and images of every method in one order. Each method
@@ -97,8 +98,8 @@ def bootstrap(
     return result
 
 
-def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of bootstrap draws ``values`` (draws,) (Efron & Tibshirani, ch. 13).
+def interval(values: Tensor, level: float = 0.95, least: float = -math.inf) -> tuple[float, float]:
+    """The percentile interval of bootstrap draws ``values`` (draws,) (Efron & Tibshirani, ch. 13), whose ends are not below ``least``.
 
     Raises:
         ValueError: level is not inside (0, 1).
@@ -106,7 +107,7 @@ def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
     if not 0 < level < 1:
         raise ValueError(f"level must lie inside (0, 1), got {level}")
     low, high = values.double().quantile(values.new_tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return low, high
+    return max(least, low), max(least, high)
 
 
 def paired_p(values_a: Tensor, values_b: Tensor) -> float:

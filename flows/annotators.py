@@ -137,6 +137,9 @@ def check_asked(config: AnnotateConfig, where: str, name: str) -> None:
     check_name(where, name, (AUTO, *config.annotators))
     if name == AUTO and not config.candidates:
         raise InputError(f"annotate.candidates: empty; name annotators for {where}: auto to choose from")
+    twice = [candidate for candidate in config.candidates if config.candidates.count(candidate) > 1]
+    if twice:
+        raise InputError(f"annotate.candidates: {twice[0]!r} is named more than once")
     for candidate in config.candidates if name == AUTO else ():
         check_name("annotate.candidates", candidate, config.annotators)
         if config.annotators[candidate].knows_pair:

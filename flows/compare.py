@@ -198,7 +198,7 @@ def _measure(
     for name in names:
         for metric in NAMES:
             of = against.get((name, metric), {})
-            ends = interval(drawn[name][metric]) if metric in drawn[name] else (None, None)
+            ends = interval(drawn[name][metric], least=0.0) if metric in drawn[name] else (None, None)
             difference = None if name == names[0] else means[name][metric] - means[names[0]][metric]
             rows.append(
                 (name, posthoc, metric, means[name][metric], *ends, difference, of.get("low"), of.get("high"), of.get("p_holm"))

@@ -17,7 +17,7 @@ def compare(runs: Runs, posthoc: str, baseline: str | None, n_bins: int, draws: 
     """
     drawn = bootstrap(runs, n_bins=n_bins, draws=draws)
     rows = [
-        (method, posthoc, metric, values.mean().item(), *interval(values))
+        (method, posthoc, metric, values.mean().item(), *interval(values, least=0.0))
         for method, metrics in drawn.items()
         for metric, values in metrics.items()
     ]

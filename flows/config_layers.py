@@ -13,6 +13,28 @@ from csm.search.sections import merge_spaces
 SPACE = "space"  # of the section tune: its keys are dotted keys of the configuration
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping: YAML forbids it, PyYAML silently keeps the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} stands there twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return node
+
+
+def load_yaml(text: str) -> Any:
+    """What a user's YAML says, as plain values.
+
+    Raises:
+        yaml.YAMLError: it is not valid, or a key stands twice in one mapping.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
 def config_names() -> list[str]:
     """Names of the bundled configurations."""
     return sorted(entry.name.removesuffix(".yaml") for entry in files("flows.configs").iterdir() if entry.name.endswith(".yaml"))
@@ -44,7 +66,7 @@ def parse_override(override: str) -> dict[str, Any]:
     if not separator or not key or not all(key.split(".")):
         raise InputError(f"--set {override}: expected dotted.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError:
         raise InputError(f"--set {override}: the value is not valid YAML") from None
     return nested(key, value)
@@ -97,7 +119,7 @@ def without_defaults(default: Mapping[str, Any], values: Mapping[str, Any]) -> d
 
 def _parse(text: str, name: str) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"--config {name}: not valid YAML: {' '.join(str(error).split())}") from None
     if value is None:

@@ -17,6 +17,8 @@ class Measure(NamedTuple):
     about: str
 
     def text(self, value: float) -> str:
+        if self.factor * value >= 1e6:
+            return f"{self.factor * value:.3g}"
         return f"{self.factor * value:.{3 if self.factor == 1 else 2 if self.factor * value < 1 else 1}f}"
 
     def interval(self, estimate: Estimate, dash: str = "–") -> str:

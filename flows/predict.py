@@ -79,7 +79,9 @@ def predict(
 def table(first: pl.DataFrame, count: int) -> Table:
     """The first rows, for a terminal."""
     shown = Table(
-        title=f"{count:,} images" if count <= len(first) else f"The first {len(first)} of {count:,} images (--output keeps all)"
+        title=f"{count:,} image{'s' * (count != 1)}"
+        if count <= len(first)
+        else f"The first {len(first)} of {count:,} images (--output keeps all)"
     )
     for name, justify in (("file", "left"), ("class", "left"), ("confidence %", "right"), ("entropy", "right")):
         shown.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]

@@ -42,6 +42,12 @@ def image_folder(
     parts = {"train": root}
     if (root / "train").is_dir():
         parts = {name: root / name for name in tables.SPLITS if name == "train" or (root / name).is_dir()}
+        beside = sorted(entry for entry in root.iterdir() if entry.is_dir() and entry.name not in tables.SPLITS)
+        other = next((entry.name for entry in beside if _files(entry)), None)
+        if other:
+            raise InputError(
+                f"data.path: {root} has a folder {other} like a split, but splits are {', '.join(tables.SPLITS)}: rename or move it"
+            )
     files = {name: _files(folder) for name, folder in parts.items()}
     class_names = sorted({label for members in files.values() for label, _ in members})
     if len(class_names) < 2:

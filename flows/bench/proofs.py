@@ -15,8 +15,11 @@ WIDTH = 180  # of tables, where there is no terminal
 
 
 def _names(ctx: click.Context, param: click.Parameter, text: str | None) -> tuple[str, ...]:
-    """Names with commas between."""
-    return tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
+    """Names with commas between; none without the option."""
+    names = tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
+    if text is not None and not names:  # of a shell variable that is not set, it would be everything
+        raise click.BadParameter("it is empty; name some, or leave the option out", ctx, param)
+    return names
 
 
 def _proof_options(workspace: str) -> tuple[Callable[..., Any], ...]:

@@ -69,7 +69,8 @@ def recipe(
     root = root / "quick" if quick else root
     trials, seeds = trials or size.trials, seeds or size.seeds
     doublings = size.doublings if doublings is None else doublings
-    works = [_work(plan, size, name, methods, seeds, overrides) for name in _datasets(plan, datasets or size.datasets)]
+    names = _datasets(datasets, "--datasets") if datasets else _datasets(size.datasets, "the plan's datasets")
+    works = [_work(plan, size, name, methods, seeds, overrides) for name in names]
     drawn = [[trial for name in _searched(work, plan) for trial in draw(work.config, plan, name, trials)] for work in works]
     for work, tried in zip(works, drawn, strict=True):
         check_trials(work.config, tried)  # now, not after the images are made
@@ -97,12 +98,12 @@ def _searched(work: Work, plan: RecipePlan) -> list[str]:
     return [name for name in work.methods if not plan.methods[name].like]
 
 
-def _datasets(plan: RecipePlan, names: Sequence[str]) -> list[str]:
-    check_datasets(names, plan)
+def _datasets(names: Sequence[str], where: str) -> list[str]:
+    check_datasets(names, where)
     stems = [Path(name).stem for name in names]
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
     if twice:
-        raise InputError(f"--datasets: {twice} is named more than once")
+        raise InputError(f"{where}: {twice} is named more than once")
     return list(names)
 
 

@@ -19,7 +19,7 @@ from csm.search.space import SearchSpace, parse_space
 from csm.tables import KINDS
 from flows.config import Config, plain
 from flows.config_errors import explain
-from flows.config_layers import config_names, merge, nested
+from flows.config_layers import config_names, load_yaml, merge, nested
 
 BUNDLED = "bench/recipe.yaml"
 KNOWN_TRUTH = "gaussians"  # the data source whose true posterior is known
@@ -113,10 +113,10 @@ def read_plan(path: Path | None = None) -> RecipePlan:
     """
     where = f"--plan {path}: " if path else ""
     if path and not path.is_file():
-        raise InputError(f"{where}the file does not exist")
+        raise InputError(f"{where}{'is a folder, not a file' if path.is_dir() else 'the file does not exist'}")
     try:
         text = (path or files("flows.configs").joinpath(BUNDLED)).read_text(encoding="utf-8")
-        plan = TypeAdapter(RecipePlan).validate_python(yaml.safe_load(text))
+        plan = TypeAdapter(RecipePlan).validate_python(load_yaml(text) or {})
     except yaml.YAMLError as error:
         raise InputError(f"{where}not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
@@ -138,11 +138,12 @@ def read_plan(path: Path | None = None) -> RecipePlan:
     return plan
 
 
-def check_datasets(names: Sequence[str], plan: RecipePlan) -> None:
-    """``InputError`` unless each of ``names`` is a configuration, or a path of one."""
+def check_datasets(names: Sequence[str], where: str) -> None:
+    """``InputError`` unless each of ``names``, which stand at ``where``, is a configuration, or a path of one."""
+    known = [name for name in config_names() if name != "default"]
     for name in names:
-        if Path(name).suffix not in (".yaml", ".yml") and (name == "default" or name not in config_names()):
-            raise InputError(f"--datasets {name}: unknown; one of {', '.join(plan.full.datasets)}, or another configuration")
+        if Path(name).suffix not in (".yaml", ".yml"):
+            check_name(f"{where} (or a .yaml file)", name, known)
 
 
 def settings(method: Method, values: Mapping[str, Any], where: str, optimizer: OptimizerConfig) -> dict[str, Any]:

@@ -154,6 +154,7 @@ def check_trials(config: Config, trials: Sequence[Trial]) -> None:
         trial_config(config, trials)
     except InputError as error:
         place = re.sub(r"train\.methods\.(\S+?)\.t\d+\.", r"methods.\1.space, or common: ", str(error), count=1)
+        place = re.sub(r"train\.methods\.\S+?\.t\d+\.", "", place)
         raise InputError(f"the plan: {place}") from None
 
 

@@ -18,7 +18,7 @@ from csm.parameters import STRICT, check_name
 from flows.bench.recipe_plan import image_kinds, settings, with_methods
 from flows.config import Config, load_config
 from flows.config_errors import explain
-from flows.config_layers import merge
+from flows.config_layers import load_yaml, merge
 from flows.progress import say
 
 OF_METHOD = "method."
@@ -187,6 +187,6 @@ def _merged(studies: Mapping[str, Study], everyone: Sequence[Arm], key: str) -> 
 def _read(name: str) -> Any:
     text = files("flows.configs").joinpath("research", f"{name}.yaml").read_text(encoding="utf-8")
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError as error:
         raise InputError(f"study {name}: not valid YAML: {' '.join(str(error).split())}") from None

@@ -92,6 +92,7 @@ def test_an_interval_covers_as_often_as_it_says() -> None:
 
 def test_an_interval_holds_its_share() -> None:
     assert interval(torch.arange(1001.0), 0.9) == pytest.approx((50.0, 950.0))
+    assert interval(torch.arange(1001.0) - 100, 0.9, least=0.0) == pytest.approx((0.0, 850.0))
     with pytest.raises(ValueError, match="level must lie inside"):
         interval(torch.zeros(3), 1.0)
 

@@ -76,7 +76,9 @@ def test_a_folder_is_no_file(tmp_path):
     assert "is a folder, not a file" in refused(str(tmp_path / "mine.yaml"))
 
 
-@pytest.mark.parametrize("text", ["train: [1", "a: b: c", "\t- x", "train: {seeds: 1", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["train: [1", "a: b: c", "\t- x", "train: {seeds: 1", "\x00", "data: {source: digits}\ndata: {seed: 1}"]
+)
 def test_bad_yaml_is_refused_in_one_line(text, config_file):
     assert ": not valid YAML: " in refused(config_file(text))
 

@@ -206,6 +206,7 @@ def test_churn_with_a_solver_that_adds_no_noise_is_refused():
         (["train.compare=[focal, focal]"], "train.compare: 'focal' is named more than once"),
         (["data.noise=.nan"], "data.noise: expected a finite number, got nan"),
         (["data.noise=.inf"], "data.noise: expected a finite number, got inf"),
+        (["annotate.candidates=[lda, teacher, lda]"], "annotate.candidates: 'lda' is named more than once"),
         (["data.blur=-1"], "data.blur: expected a number greater than or equal to 0, got -1"),
         (["data.seed=-1"], "data.seed: expected a number greater than or equal to 0, got -1"),
         (["train.methods.csm.mixed.weight=.inf"], "train.methods.csm.mixed.weight: expected a finite number, got inf"),

@@ -250,3 +250,12 @@ def test_an_unknown_source_is_named_with_the_known_ones() -> None:
 def test_an_unknown_parameter_is_named_with_the_allowed_ones() -> None:
     with pytest.raises(InputError, match=r"data.blur: source 'digits' has no such setting; allowed: val, test, seed"):
         load_dataset("digits", blur=1.0)
+
+
+def test_a_misspelt_split_is_not_left_out(tmp_path: Path) -> None:
+    fill(tmp_path / "train", {"a": 4, "b": 4})
+    (tmp_path / "notes").mkdir()
+    assert len(image_folder(str(tmp_path), size=4).frame) == 8
+    fill(tmp_path / "validation", {"a": 1, "b": 1})
+    with pytest.raises(InputError, match="has a folder validation like a split, but splits are train, val, test"):
+        image_folder(str(tmp_path), size=4)

@@ -47,8 +47,10 @@ def write(folder, methods, common=RATES):
 def test_unknown_names_are_refused_before_anything_is_made(csm, tmp_path):
     done = csm("bench", "recipe", "--datasets", "nosuch", "--workspace", str(tmp_path / "w"))
     assert done.returncode == 2
-    assert done.stderr.startswith("csm: --datasets nosuch: unknown; one of digits-hard, gaussians, gaussians-k4, gaussians-k30,")
+    assert done.stderr.startswith("csm: --datasets (or a .yaml file): unknown 'nosuch'; one of annotators, cifar10,")
     assert len(done.stderr.splitlines()) == 1
+    done = csm("bench", "recipe", "--methods", "", "--workspace", str(tmp_path / "w"))
+    assert (done.returncode, "'--methods': it is empty" in done.stderr) == (2, True)
     with pytest.raises(InputError, match=r"--methods: unknown 'nope'; one of csm, paper, cross-entropy"):
         recipe(tmp_path / "w", read_plan(), ["digits-hard"], ["nope"])
     with pytest.raises(InputError, match=r"--datasets: digits-hard is named more than once"):

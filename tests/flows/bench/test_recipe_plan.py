@@ -79,14 +79,18 @@ def test_a_plan_that_cannot_be_used_is_refused(written, sections, told):
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match="the file does not exist"):
         read_plan(tmp_path / "nope.yaml")
+    with pytest.raises(InputError, match="is a folder, not a file"):
+        read_plan(tmp_path)
+    (tmp_path / "empty.yaml").touch()
+    with pytest.raises(InputError, match="full: missing; it must be set"):
+        read_plan(tmp_path / "empty.yaml")
 
 
 def test_data_sets_are_configurations():
-    plan = read_plan()
-    check_datasets(["digits-hard", "cifar10", "mine/data.yaml"], plan)
+    check_datasets(["digits-hard", "cifar10", "mine/data.yaml"], "here")
     for name in ("nosuch", "default"):
-        with pytest.raises(InputError, match=f"--datasets {name}: unknown; one of digits-hard, gaussians, gaussians-k4"):
-            check_datasets([name], plan)
+        with pytest.raises(InputError, match=f"here .or a .yaml file.: unknown '{name}'; one of .*, digits-hard, "):
+            check_datasets([name], "here")
 
 
 def test_settings_are_laid_over_a_method():
