@@ -106,7 +106,7 @@ def fit_scaled_temperature(logits: Tensor, labels: Tensor) -> tuple[float, str]:
     if bool((own >= logits.amax(dim=1)).all()):
         return 1.0, "every held-out image is right, which does not tell T: kept at 1"
     spread = max(1.0, logits.double().std(dim=1).mean().item())
-    temperature = fit_temperature(logits.double() / spread, labels)
+    temperature = fit_temperature(logits.double() / spread, labels, quiet=True)  # the note says it
     note = f"T = {temperature * spread:g} is the end of its range" if temperature in (MIN_TEMPERATURE, MAX_TEMPERATURE) else ""
     return temperature * spread, note
 
