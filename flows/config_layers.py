@@ -32,7 +32,11 @@ def load_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is not valid, or a key stands twice in one mapping.
     """
-    return yaml.load(text, Loader=_Loader)
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def config_names() -> list[str]:
