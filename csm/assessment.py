@@ -179,6 +179,6 @@ def _resampled(
     columns = torch.tensor(drawn, dtype=torch.float64).T
     ends = {}
     for name, column in zip(names, columns, strict=True):
-        low, high = interval(column - column.mean() + values[name])
-        ends[name] = (max(0.0, low), min(1.0, high))  # of these metrics, all lie in [0, 1]
+        low, high = interval(column - column.mean() + values[name], least=0.0)
+        ends[name] = (low, min(1.0, high))  # of these metrics, all lie in [0, 1]
     return ends

@@ -18,11 +18,11 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+        seen: set[tuple[str, str]] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
                 raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} stands there twice", key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+            seen.add((key.tag, key.value))
         return node
 
 
@@ -71,8 +71,9 @@ def parse_override(override: str) -> dict[str, Any]:
         raise InputError(f"--set {override}: expected dotted.key=value")
     try:
         value = load_yaml(text)
-    except yaml.YAMLError:
-        raise InputError(f"--set {override}: the value is not valid YAML") from None
+    except yaml.YAMLError as error:
+        twice = f": {error.problem}" if isinstance(error, yaml.composer.ComposerError) else ""
+        raise InputError(f"--set {override}: the value is not valid YAML{twice}") from None
     return nested(key, value)
 
 

@@ -12,15 +12,25 @@ from csm.locations import location
 from flows.tracking_address import EXPERIMENT
 
 
-class Place(click.ParamType[Path]):
-    """A folder, or SCHEME://... of a store."""
+class Folder(click.ParamType[Path]):
+    """A folder of this machine."""
 
     name = "path"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         if value == "":  # of a shell variable that is not set, it would be the folder where one stands
             self.fail("it is empty; give a folder, . for this one", param, ctx)
-        return location(value)
+        return self.place(value)
+
+    def place(self, text: str | Path) -> Path:
+        return Path(text)
+
+
+class Place(Folder):
+    """A folder, or SCHEME://... of a store."""
+
+    def place(self, text: str | Path) -> Path:
+        return location(text)
 
 
 WORKSPACE_OPTION = click.option(

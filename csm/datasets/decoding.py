@@ -87,7 +87,7 @@ def _read(name: str, file: Path | bytes, size: int, channels: int) -> np.ndarray
             image.load()
             converted = _eight_bit(image).convert("RGB" if channels == 3 else "L")
     except FileNotFoundError:
-        raise InputError(f"image {name} does not exist") from None
+        raise InputError(f"image {name} does not exist: restore it, or leave it out, and run again") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow names what it was given: for bytes an object at an address.
         reason = "no image" if isinstance(error, UnidentifiedImageError) and isinstance(file, bytes) else error

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from flows.masking import command_line
-from flows.options import ADDRESS_OPTION, OUTPUT_OPTIONS, OVERRIDE_OPTION, TRACKING_OPTIONS, print_table, with_options
+from flows.options import ADDRESS_OPTION, OUTPUT_OPTIONS, OVERRIDE_OPTION, TRACKING_OPTIONS, Folder, print_table, with_options
 from flows.tracking_address import Address
 
 WIDTH = 180  # of tables, where there is no terminal
@@ -28,7 +28,7 @@ def _proof_options(workspace: str) -> tuple[Callable[..., Any], ...]:
         OVERRIDE_OPTION,
         click.option(
             "--workspace",
-            type=click.Path(path_type=Path),
+            type=Folder(),
             default=Path(workspace),
             show_default=True,
             help="Everything goes there; of several data sets each has a workspace below it.",

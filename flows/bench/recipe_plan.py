@@ -116,7 +116,8 @@ def read_plan(path: Path | None = None) -> RecipePlan:
         raise InputError(f"{where}{'is a folder, not a file' if path.is_dir() else 'the file does not exist'}")
     try:
         text = (path or files("flows.configs").joinpath(BUNDLED)).read_text(encoding="utf-8")
-        plan = TypeAdapter(RecipePlan).validate_python(load_yaml(text) or {})
+        read = load_yaml(text)
+        plan = TypeAdapter(RecipePlan).validate_python({} if read is None else read)
     except yaml.YAMLError as error:
         raise InputError(f"{where}not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
@@ -140,10 +141,10 @@ def read_plan(path: Path | None = None) -> RecipePlan:
 
 def check_datasets(names: Sequence[str], where: str) -> None:
     """``InputError`` unless each of ``names``, which stand at ``where``, is a configuration, or a path of one."""
-    known = [name for name in config_names() if name != "default"]
     for name in names:
-        if Path(name).suffix not in (".yaml", ".yml"):
-            check_name(f"{where} (or a .yaml file)", name, known)
+        if Path(name).suffix not in (".yaml", ".yml") and (name == "default" or name not in config_names()):
+            known = ", ".join(known for known in config_names() if known != "default")
+            raise InputError(f"{where}: unknown {name!r}; give a .yaml file or one of {known}")
 
 
 def settings(method: Method, values: Mapping[str, Any], where: str, optimizer: OptimizerConfig) -> dict[str, Any]:

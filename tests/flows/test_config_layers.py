@@ -13,6 +13,7 @@ def test_a_malformed_override_is_refused(override):
 
 def test_an_override_with_bad_yaml_is_refused():
     assert refused("demo", "plan.pairs=[[0, 1]") == "--set plan.pairs=[[0, 1]: the value is not valid YAML"
+    assert refused("demo", "data={a: 1, a: 2}").endswith("the value is not valid YAML: the key 'a' stands there twice")
 
 
 def test_overrides_are_yaml_and_the_last_one_wins():

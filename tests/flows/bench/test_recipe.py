@@ -47,10 +47,11 @@ def write(folder, methods, common=RATES):
 def test_unknown_names_are_refused_before_anything_is_made(csm, tmp_path):
     done = csm("bench", "recipe", "--datasets", "nosuch", "--workspace", str(tmp_path / "w"))
     assert done.returncode == 2
-    assert done.stderr.startswith("csm: --datasets (or a .yaml file): unknown 'nosuch'; one of annotators, cifar10,")
+    assert done.stderr.startswith("csm: --datasets: unknown 'nosuch'; give a .yaml file or one of annotators, cifar10,")
     assert len(done.stderr.splitlines()) == 1
-    done = csm("bench", "recipe", "--methods", "", "--workspace", str(tmp_path / "w"))
-    assert (done.returncode, "'--methods': it is empty" in done.stderr) == (2, True)
+    for option in ("--methods", "--workspace"):
+        done = csm("bench", "recipe", "--workspace", str(tmp_path / "w"), option, "")
+        assert (done.returncode, f"'{option}': it is empty" in done.stderr) == (2, True)
     with pytest.raises(InputError, match=r"--methods: unknown 'nope'; one of csm, paper, cross-entropy"):
         recipe(tmp_path / "w", read_plan(), ["digits-hard"], ["nope"])
     with pytest.raises(InputError, match=r"--datasets: digits-hard is named more than once"):

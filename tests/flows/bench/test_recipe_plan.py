@@ -89,7 +89,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 def test_data_sets_are_configurations():
     check_datasets(["digits-hard", "cifar10", "mine/data.yaml"], "here")
     for name in ("nosuch", "default"):
-        with pytest.raises(InputError, match=f"here .or a .yaml file.: unknown '{name}'; one of .*, digits-hard, "):
+        with pytest.raises(InputError, match=f"here: unknown '{name}'; give a .yaml file or one of .*, digits-hard, "):
             check_datasets([name], "here")
 
 
