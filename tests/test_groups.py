@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow  # a pytest of two processes each
+
 CONFTEST = """
 import os, pytest
 from tests.groups import Groups

@@ -28,6 +28,7 @@ from flows.progress import say
 
 RATIOS = 8
 BATCH = {"cpu": 16, "cuda": 512}
+LEVELS = 360  # images whose bfloat16 is compared with float32
 MATMUL = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product that measures a device's peak
 
 
@@ -125,7 +126,7 @@ def _original(plan: pl.DataFrame, generator: Generator, folder: Path) -> None:
 
 def _levels(generator: Generator, device: str) -> float:
     """Mean absolute difference, in levels of 255, between the images of ``generator`` in bfloat16 and in float32."""
-    plan = make_plan(generator.n_classes, "bench", "bench", PlanConfig(sets_per_pair=1)).head(360)
+    plan = make_plan(generator.n_classes, "bench", "bench", PlanConfig(sets_per_pair=1)).head(LEVELS)
     channels, height, width = generator.noise_shape
     shape = (height, width, channels)
     frames = [

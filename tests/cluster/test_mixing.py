@@ -200,6 +200,7 @@ def test_receipts_come_while_others_are_mixed(done):
         assert order.index((name, order[0][1])) < max(index for index, (part, _) in enumerate(order) if part == "mixed")
 
 
+@pytest.mark.slow
 def test_blocks_of_several_shards_lose_and_repeat_nothing(done, tmp_path, monkeypatch):
     monkeypatch.setattr("cluster.pools.block_lengths", lambda shards, actors: [3, 3, 2])
     job = replace(done.mix_job, mixed=tmp_path / "mixed")

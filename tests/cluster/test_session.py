@@ -137,6 +137,7 @@ with session(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_cluster_without_a_token_is_joined_after_a_ray_of_ones_own_which_has_one(ray_address):
     command = [sys.executable, "-c", BOTH, ray_address]
@@ -182,6 +183,7 @@ def test_auto_brings_no_token_to_a_cluster_without_one(ray_address, tmp_path):
     assert stdout == "42\n", stderr
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_auto_brings_the_token_that_a_cluster_asks_for():
     own = """
@@ -259,6 +261,7 @@ except KeyboardInterrupt:
     assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_a_handler_of_sigterm_outlives_the_start_of_ray():
     """Ray's own would abort the process; csm stops as after Ctrl-C."""
     script = """
@@ -279,6 +282,7 @@ except KeyboardInterrupt:
     assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_garbage_of_another_thread_does_not_end_the_process_while_ray_shuts_down():
     """Every collection frees a reference to an object of Ray; without our guard the process ends here, without a word."""

@@ -17,7 +17,7 @@ from cluster.session import session
 from cluster.shards import Written
 from tests.nodes import STORE, lose_with_workers, start_head
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]  # nodes come and go
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
 
@@ -99,7 +99,6 @@ def test_pools_with_gpus_get_their_shares_of_them(joined, add, tmp_path):
     assert {path.read_text() for path in tmp_path.iterdir()} == {"['0']"}
 
 
-@pytest.mark.slow
 def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(add, lose, tmp_path):
     lost, _ = add(), add()
     receipts, standings = [], []
@@ -121,7 +120,6 @@ def test_a_pool_of_fixed_size_that_takes_every_cpu_goes_on_after_a_loss(add, los
 WANTING = "the 1 node(s) left, with 0 CPU and 0 GPU, have no room for mix (1 CPU, 0 GPU)"
 
 
-@pytest.mark.slow
 def test_pools_without_a_node_say_what_they_wait_for_and_go_on_with_the_next_one(add, lose, monkeypatch):
     monkeypatch.setattr(standing, "TICK_SECONDS", 0.5)
     node, receipts, told = add(), [], []
@@ -141,7 +139,6 @@ def test_pools_without_a_node_say_what_they_wait_for_and_go_on_with_the_next_one
     assert told[-1].wanting == ""
 
 
-@pytest.mark.slow
 def test_pools_for_which_no_node_comes_back_stop(add, lose, monkeypatch):
     """Also where SIGINT does nothing: it is blocked in what a Ray job starts. The session can be used, and left, after it."""
     monkeypatch.setattr(standing, "TICK_SECONDS", 0.5)

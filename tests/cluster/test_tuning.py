@@ -141,6 +141,7 @@ def test_a_trial_that_does_not_fit_is_refused_before_it_is_asked(data, tmp_path)
         Sweep(data, tmp_path, [{}]).run(together=3, group=Group())
 
 
+@pytest.mark.slow
 def test_what_the_caller_raises_comes_through(data, tmp_path):
     sweep = Sweep(data, tmp_path, [{}, {}])
     sweep.events = type("Full", (), {"append": lambda self, event: (_ for _ in ()).throw(OSError(28, "full"))})()
@@ -281,6 +282,7 @@ def test_a_bad_trial_goes_on_from_a_good_one(population, tmp_path):
     assert (bad.directory / "model.safetensors").read_bytes() == (spec.directory / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_population_asked_again_is_repeated(population, snapshot):
     before = snapshot(population.root)
     again = Sweep(population.data, population.root, population.trials)

@@ -21,6 +21,7 @@ def small(monkeypatch):
     monkeypatch.setattr(mix, "trained_generator", lambda workspace: trained)
     monkeypatch.setattr(mix, "MATMUL", {"cpu": 64, "cuda": 64})
     monkeypatch.setattr(mix, "BATCH", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr(mix, "LEVELS", 16)
 
 
 def test_the_numbers_belong_together(small, monkeypatch):

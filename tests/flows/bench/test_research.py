@@ -59,10 +59,9 @@ def test_both_splits_are_shown_and_marked(capsys):
     assert text.count("Least NLL on validation: `a`") == 2
 
 
-def test_an_unknown_study_is_refused_before_anything_is_made(csm, tmp_path):
-    done = csm("bench", "research", "nope", "--workspace", str(tmp_path / "w"))
-    assert done.returncode == 2
-    assert done.stderr.startswith("csm: STUDY: unknown 'nope'; one of amount, generator, guidance, images,")
+def test_an_unknown_study_is_refused_before_anything_is_made(refused, tmp_path):
+    said = refused("bench", "research", "nope", "--workspace", tmp_path / "w")
+    assert said.startswith("STUDY: unknown 'nope'; one of amount, generator, guidance, images,")
     assert not list(tmp_path.iterdir())
 
 
