@@ -186,6 +186,7 @@ def test_what_a_worker_refuses_reaches_the_driver_as_it_was_raised(done, finishe
     assert 2 not in finished_shards(job.annotations, job.key, rows)
 
 
+@pytest.mark.slow
 def test_an_annotator_that_cannot_be_loaded_is_named(done, tmp_path):
     job = done.annotate_jobs[0]
     job = replace(job, spec=replace(job.spec, directory=tmp_path / "none"), annotations=tmp_path / "annotations")

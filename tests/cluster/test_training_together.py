@@ -80,7 +80,6 @@ def shared(data, tmp_path_factory, ray_session, one_thread):
         run(data, root, "wild", optimizer=replace(OPTIMIZER, learning_rate=1e30, clip=0.0)),
         vit(data, root, "resumed"),
         run(data, root, "streamed", optimizer=replace(OPTIMIZER, hold="stream")),
-        run(root, root, "nowhere"),
     ]
     storage.write_state(root / "resumed" / "state.pt", states_of(specs[2])[1])
     events, started = [], []
@@ -149,12 +148,20 @@ def test_groups_run_at_once_and_none_is_started_again(shared):
 
 def test_errors_of_all_workers_are_said_once_and_leave_other_runs_alone(shared):
     failed = {event.run: event.error for event in shared.events if event.kind == "failed"}
-    assert sorted(failed) == ["nowhere", "wild"]
-    assert [event.kind for event in shared.events].count("failed") == 2
+    assert sorted(failed) == ["wild"]
+    assert [event.kind for event in shared.events].count("failed") == 1
     assert failed["wild"].startswith("FloatingPointError: training: loss is ")
-    assert failed["nowhere"].startswith("InputError: ")
-    assert "dataset.json does not exist" in failed["nowhere"]
-    assert shared.error.startswith("2 of 5 trainings failed; ")
+    assert shared.error.startswith("1 of 4 trainings failed; ")
+
+
+@pytest.mark.slow
+def test_what_all_workers_refuse_is_said_once(tmp_path, ray_session):
+    events = []
+    with pytest.raises(RuntimeError, match="1 of 1 trainings failed; "):
+        fit_many([run(tmp_path, tmp_path, "nowhere")], Group(cpus=0.5), tmp_path / "ray", "shared", events.append, together=2)
+    (failed,) = [event.error for event in events if event.kind == "failed"]
+    assert failed.startswith("InputError: ")
+    assert "dataset.json does not exist" in failed
 
 
 @pytest.mark.parametrize(

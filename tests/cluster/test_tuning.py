@@ -293,6 +293,7 @@ def test_a_population_asked_again_is_repeated(population, snapshot):
     } == set()
 
 
+@pytest.mark.slow
 def test_a_population_has_one_seed(data, tmp_path):
     sweep = Sweep(data, tmp_path, [{"seeds": 2}])
     sweep.run(POPULATION)
