@@ -155,13 +155,17 @@ def test_errors_of_all_workers_are_said_once_and_leave_other_runs_alone(shared):
 
 
 @pytest.mark.slow
-def test_what_all_workers_refuse_is_said_once(tmp_path, ray_session):
-    events = []
-    with pytest.raises(RuntimeError, match="1 of 1 trainings failed; "):
-        fit_many([run(tmp_path, tmp_path, "nowhere")], Group(cpus=0.5), tmp_path / "ray", "shared", events.append, together=2)
+def test_what_all_workers_refuse_is_said_once_and_another_run_learns(data, tmp_path):
+    specs, events = [run(tmp_path, tmp_path, "nowhere"), run(data, tmp_path, "norm")], []
+    with pytest.raises(RuntimeError, match="1 of 2 trainings failed; "):
+        fit_many(specs, Group(cpus=0.5), tmp_path / "ray", "shared", events.append, together=2)
     (failed,) = [event.error for event in events if event.kind == "failed"]
     assert failed.startswith("InputError: ")
     assert "dataset.json does not exist" in failed
+    told = [(event.kind, event.epoch) for event in events if event.run == "norm"]
+    assert told == [("epoch", 1), ("epoch", 2), ("epoch", 3), ("epoch", 4), ("done", 0)]
+    history = storage.read_json(tmp_path / "norm" / "history.json")
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Models of the real formats with random weights, as tests/csm/generators has them, and a workspace with a finished model."""
+"""What the tests of `flows` share: models of the real formats, a finished model, stores that are quickly made, the command line."""
 
 import shutil
 import sqlite3
@@ -83,7 +83,7 @@ def call(capsys, monkeypatch, tmp_path):
     """``call(*arguments)`` runs the command line here, where imports are paid for already; gives exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments, **named):
+    def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["csm", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main([str(argument) for argument in arguments])
@@ -97,7 +97,7 @@ def call(capsys, monkeypatch, tmp_path):
 def refused(call):
     """``refused(*arguments)`` runs a command that must be refused and gives its one line, without ``csm: ``."""
 
-    def run(*arguments, **named):
+    def run(*arguments):
         code, out, err = call(*arguments)
         assert code == 2, err
         assert out == ""

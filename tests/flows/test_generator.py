@@ -1,7 +1,6 @@
 """From the file of a model to mixed images, by the verbs that a user types, for every kind and every operator."""
 
 import json
-import sys
 
 import numpy as np
 import polars as pl
@@ -13,7 +12,6 @@ from csm import tables
 from csm.generators import load_generator
 from csm.mixing import mix
 from csm.sampling import SamplerConfig
-from flows import cli
 
 SHAPE = (8, 8, 3)
 KINDS = {"diffusers-unet": [1, 3], "dit": [1, 3], "stable-diffusion": [], "edm": [2, 9]}  # the model's classes of cat and dog
@@ -29,22 +27,6 @@ CASES = [
     pytest.param("dit", "score", marks=pytest.mark.slow),
     pytest.param("stable-diffusion", "score", marks=pytest.mark.slow),
 ]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """``call(*arguments)`` runs the command line in this process, where ``tmp_path`` is; gives the exit code and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["csm", *map(str, arguments)])
-        try:
-            cli.main([str(argument) for argument in arguments])
-        except SystemExit as ended:
-            return ended.code or 0, capsys.readouterr().err
-        return 0, capsys.readouterr().err
-
-    return run
 
 
 @pytest.fixture
@@ -82,12 +64,12 @@ def config(tmp_path):
 @pytest.mark.parametrize(("kind", "operator"), CASES)
 def test_a_model_is_imported_and_mixes(call, model, config, ray_address, one_thread, tmp_path, kind, operator):
     options = ("--config", config(kind, operator), "--workspace", "w")
-    code, said = call("import-generator", model(kind), *options)
+    code, _, said = call("import-generator", model(kind), *options)
     assert code == 0, said
     resolved = ("--config", "w/config.yaml", "--workspace", "w")  # as the command says
     assert f"go on with {' '.join(resolved)}" in said
     for verb in ("plan", "mix"):
-        code, said = call(verb, *resolved, "--address", ray_address)
+        code, _, said = call(verb, *resolved, "--address", ray_address)
         assert code == 0, said
     assert "mix: done, 6 images" in said
     mixed = pl.read_parquet(sorted((tmp_path / "w" / "mixed").glob("*.parquet")))
@@ -110,7 +92,7 @@ def test_a_run_goes_from_an_imported_model_to_its_report(call, model, config, tm
     assert call("import-generator", model("edm"), *options)[0] == 0
     small = ("--set", "train.seeds=1", "--set", "train.compare=[cross-entropy, csm]", "--set", "train.optimizer.epochs=2")
     small = (*small, "--set", "train.optimizer.batch_size=4", "--set", "annotate.members=1")
-    code, said = call("run", "--config", "w/config.yaml", "--workspace", "w", *small)
+    code, _, said = call("run", "--config", "w/config.yaml", "--workspace", "w", *small)
     assert code == 0, said
     assert "generator: reused" in said
     page = (tmp_path / "w" / "report.html").read_text()
@@ -122,14 +104,14 @@ def test_a_model_that_is_gone_or_damaged_is_named(call, model, config, tmp_path)
     assert call("import-generator", model("edm"), *options)[0] == 0
     (tmp_path / "edm.pkl").rename(tmp_path / "moved.pkl")
     for verb in ("mix", "run"):
-        code, said = call(verb, "--config", "w/config.yaml", "--workspace", "w")
+        code, _, said = call(verb, "--config", "w/config.yaml", "--workspace", "w")
         assert code == 2
         assert said.splitlines()[-1].startswith("csm: ")
         assert f"{tmp_path / 'edm.pkl'} does not exist" in said.splitlines()[-1]
 
 
 def test_guidance_of_a_model_without_images_of_no_class_is_refused(call, model, config, tmp_path):
-    code, said = call("import-generator", model("edm"), "--config", config("edm", guidance=3), "--workspace", "w")
+    code, _, said = call("import-generator", model("edm"), "--config", config("edm", guidance=3), "--workspace", "w")
     assert code == 2
     assert said.splitlines()[-1] == "csm: mix.guidance: expected 1, got 3: a model of kind edm has no condition of no class"
     assert not (tmp_path / "w" / "generator" / "generator.json").exists()
@@ -139,7 +121,7 @@ def test_weights_that_are_not_finite_are_not_taken(call, config, edm_snapshot, t
     checkpoint = edm_snapshot("ddpmpp-edm")
     next(iter(checkpoint.tensors.values())).view(-1)[0] = float("nan")
     checkpoint.write(tmp_path / "nan.pkl")
-    code, said = call("import-generator", "nan.pkl", "--config", config("edm"), "--workspace", "w")
+    code, _, said = call("import-generator", "nan.pkl", "--config", config("edm"), "--workspace", "w")
     assert code == 2
     assert "nan.pkl has weights that are not finite" in said.splitlines()[-1]
     assert not (tmp_path / "w" / "generator" / "generator.json").exists()
@@ -153,7 +135,7 @@ def test_what_cannot_lie_on_a_sphere_is_refused(call, model, config, ray_address
     call("plan", *resolved)
     (tmp_path / "w" / "mixed").mkdir()
     (tmp_path / "w" / "mixed" / "part-00000000.parquet").touch()
-    code, said = call("mix", *resolved, "--force", "mix")
+    code, _, said = call("mix", *resolved, "--force", "mix")
     assert code == 2
     assert said.splitlines()[-1].startswith("csm: mix.operator: slerp needs ")
     assert (tmp_path / "w" / "mixed" / "part-00000000.parquet").exists()  # refused before anything is removed
@@ -165,18 +147,18 @@ def test_bfloat16_and_the_gaussians_of_the_data(call, model, config, ray_address
     options = ("--config", config("dit", precision="bfloat16"), "--workspace", "w")
     call("import-generator", model("dit"), *options)
     for verb in ("plan", "mix"):
-        code, said = call(verb, "--config", "w/config.yaml", "--workspace", "w", "--address", ray_address)
+        code, _, said = call(verb, "--config", "w/config.yaml", "--workspace", "w", "--address", ray_address)
         assert code == 0, said
     settings = ("--set", "generator.kind=gaussians", "--set", "generator.classes=[]", "--workspace", "g")
     for verb in ("prepare", "fit-generator", "plan", "mix"):
-        code, said = call(verb, "--config", "mine.yaml", *settings, "--address", ray_address)
+        code, _, said = call(verb, "--config", "mine.yaml", *settings, "--address", ray_address)
         assert code == 0, said
     assert json.loads((tmp_path / "g" / "generator" / "generator.json").read_text())["kind"] == "gaussians"
 
 
 def test_a_pickle_that_would_run_something_does_not(call, config, tmp_path):
     (tmp_path / "evil.pkl").write_bytes(b"cposix\nsystem\n(Vtouch ran\ntR.")
-    code, said = call("import-generator", "evil.pkl", "--config", config("edm"), "--workspace", "w")
+    code, _, said = call("import-generator", "evil.pkl", "--config", config("edm"), "--workspace", "w")
     assert code == 2
     assert said.splitlines()[-1].startswith("csm: ")
     assert "posix.system" in said.splitlines()[-1]
@@ -188,6 +170,6 @@ def test_another_model_in_its_place_is_not_taken_silently(call, model, config, t
     options = ("--config", config("edm"), "--workspace", "w")
     assert call("import-generator", model("edm"), *options)[0] == 0
     (tmp_path / "edm.pkl").write_bytes(b"another")
-    code, said = call("import-generator", tmp_path / "edm.pkl", *options)
+    code, _, said = call("import-generator", tmp_path / "edm.pkl", *options)
     assert code == 2
     assert "generator was made by another configuration there (files " in said

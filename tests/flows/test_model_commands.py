@@ -16,7 +16,6 @@ from csm import storage, tables
 from csm.calibrated import calibrated, load_calibrated
 from csm.classifiers import ClassifierSpec, build_classifier, load_classifier
 from csm.posthoc import Posthoc, apply_posthoc
-from flows import cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # small arrays: threads that wait for each other cost more than they save
 
@@ -49,22 +48,6 @@ def folder(tmp_path, pictures):
         Image.fromarray(pictures[row, ..., 0]).save(tmp_path / "images" / ("deep" if row % 2 else ".") / f"{row}.png")
     (tmp_path / "images" / "bad.png").write_bytes(b"nonsense")
     return tmp_path / "images"
-
-
-@pytest.fixture
-def call(capsys, monkeypatch):
-    """``call(*arguments)`` gives the exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["csm", *map(str, arguments)])
-        code = 0
-        try:
-            cli.cli.main([str(argument) for argument in arguments], prog_name="csm", standalone_mode=False)
-        except SystemExit as ended:
-            code = ended.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def last(out):

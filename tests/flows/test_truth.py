@@ -2,33 +2,13 @@
 
 import json
 import shutil
-import sys
-
-import pytest
 
 from csm.datasets import RealDataset
 from csm.generators import load_generator
 from csm.storage import file_digest
-from flows import cli
 
 DATA = ("components=1", "base=synthetic", "classes=3", "height=2", "width=2", "mean_scale=2", "train=40", "val=10", "test=20")
 SETTINGS = tuple(part for setting in DATA for part in ("--set", f"data.{setting}"))
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """``call(*arguments)`` runs the command line in this process, where ``tmp_path`` is; gives the exit code and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["csm", *arguments])
-        try:
-            cli.main(list(arguments))
-        except SystemExit as ended:
-            return ended.code or 0, capsys.readouterr().err
-        return 0, capsys.readouterr().err
-
-    return run
 
 
 def test_the_oracle_is_the_law_and_the_fit_is_of_the_training_images(call, tmp_path):
@@ -37,15 +17,15 @@ def test_the_oracle_is_the_law_and_the_fit_is_of_the_training_images(call, tmp_p
     record = json.loads((tmp_path / "w" / "stages" / "prepare.json").read_text())
     assert record["digest"] == RealDataset.load_info(tmp_path / "w").digest  # which covers the law
     shutil.rmtree(tmp_path / "w" / "truth")
-    assert "prepare, which lacks" in call("fit-generator", *options)[1]
+    assert "prepare, which lacks" in call("fit-generator", *options)[2]
     for verb in ("prepare", "fit-generator"):
-        code, said = call(verb, *options)
+        code, _, said = call(verb, *options)
         assert code == 0, said
     fitted = load_generator(tmp_path / "w" / "generator")
     law = RealDataset.load(tmp_path / "w").truth
     assert not fitted.means.allclose(law.means, atol=1e-3)
     assert fitted.means.allclose(law.means, atol=0.5)
-    code, said = call("fit-generator", *options, "--set", "generator.kind=truth", "--force", "generator")
+    code, _, said = call("fit-generator", *options, "--set", "generator.kind=truth", "--force", "generator")
     assert code == 0, said
     assert json.loads((tmp_path / "w" / "generator" / "generator.json").read_text())["kind"] == "gaussians"
     one, other = (file_digest(tmp_path / "w" / name / "model.safetensors") for name in ("truth", "generator"))
@@ -55,7 +35,7 @@ def test_the_oracle_is_the_law_and_the_fit_is_of_the_training_images(call, tmp_p
 def test_data_without_a_law_have_no_oracle(call, tmp_path):
     options = ("--config", "digits", "--workspace", "w", "--set", "generator.kind=truth")
     assert call("prepare", *options)[0] == 0
-    code, said = call("fit-generator", *options)
+    code, _, said = call("fit-generator", *options)
     assert code == 2
     assert said.splitlines()[-1].startswith("csm: generator.kind: truth needs data whose law is known: set data.source=gaussians")
     assert not (tmp_path / "w" / "generator").exists()
@@ -63,7 +43,7 @@ def test_data_without_a_law_have_no_oracle(call, tmp_path):
 
 def test_a_law_is_not_imported(call, tmp_path):
     (tmp_path / "model.pkl").touch()
-    code, said = call(
+    code, _, said = call(
         "import-generator", "model.pkl", "--config", "gaussians", "--set", "generator.kind=truth", "--workspace", "w"
     )
     assert code == 2

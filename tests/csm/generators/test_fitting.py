@@ -112,7 +112,7 @@ def test_a_share_of_the_images_is_shown_without_its_class(monkeypatch: pytest.Mo
     model = fit(replace(config, label_dropout=0.2))
     dropped = torch.cat(shown)
     assert model.guides
-    assert (dropped == NO_CLASS).float().mean().item() == pytest.approx(0.2, abs=0.04)
+    assert (dropped == NO_CLASS).float().mean().item() == pytest.approx(0.2, abs=0.03)
     assert torch.equal(dropped[dropped != NO_CLASS], plain[dropped != NO_CLASS])  # everything else is drawn as before
     assert set(plain.tolist()) == {0, 1}
 
