@@ -51,6 +51,21 @@ def check_name(where: str, name: str, names: Collection[str]) -> None:
         raise InputError(f"{where}: unknown {name!r}; one of {', '.join(names)}")
 
 
+def check_numbers(given: Any, checked: Any, where: str) -> None:
+    """``InputError`` if true or false stands in ``given``, at the dotted key ``where``, and a number in ``checked``, which pydantic made
+    of it: it takes them for 1 and 0."""
+    if isinstance(given, bool):
+        if isinstance(checked, (int, float)) and not isinstance(checked, bool):
+            raise InputError(f"{where}: expected a {'whole ' if isinstance(checked, int) else ''}number, got {given!r}")
+    elif isinstance(given, Mapping):
+        for key, value in given.items():
+            below = checked.get(key) if isinstance(checked, Mapping) else getattr(checked, str(key), None)
+            check_numbers(value, below, f"{where}.{key}" if where else str(key))
+    elif isinstance(given, (list, tuple)) and isinstance(checked, (list, tuple)):
+        for value, made in zip(given, checked, strict=True):
+            check_numbers(value, made, where)
+
+
 def check_parameters(
     function: Callable[..., Any], parameters: Mapping[str, Any], where: str, reserved: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -83,6 +98,7 @@ def check_parameters(
             checked[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:
             raise InputError(f"{where}.{key}: {expected(error.errors()[0])}, got {value!r}") from None
+        check_numbers(value, checked[key], f"{where}.{key}")
         if isinstance(checked[key], float) and not math.isfinite(checked[key]):
             raise InputError(f"{where}.{key}: expected a finite number, got {value!r}")
     for name in settable:

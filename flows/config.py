@@ -19,7 +19,7 @@ from csm.generators.importing import IMPORTERS
 from csm.locations import is_remote
 from csm.methods import Method
 from csm.mixing import NOISED
-from csm.parameters import STRICT, check_name, check_parameters
+from csm.parameters import STRICT, check_name, check_numbers, check_parameters
 from csm.planning import PlanConfig, check_kinds, ratio_grid
 from csm.posthoc import POSTHOC
 from csm.precision import Precision
@@ -201,6 +201,7 @@ def _validate(values: dict[str, Any]) -> Config:
         config = TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
         raise InputError(explain(error.errors(), Config)) from None
+    check_numbers(values, config, "")
     return _check_names(config)
 
 

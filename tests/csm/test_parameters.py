@@ -45,7 +45,17 @@ def test_what_is_no_setting_is_named_with_the_settings(key: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("steps", 2.5), ("steps", "many"), ("steps", None), ("rate", "fast"), ("rate", [1.0]), ("loud", "perhaps"), ("path", 3)],
+    [
+        ("steps", 2.5),
+        ("steps", "many"),
+        ("steps", None),
+        ("steps", True),
+        ("rate", "fast"),
+        ("rate", [1.0]),
+        ("rate", False),
+        ("loud", "perhaps"),
+        ("path", 3),
+    ],
 )
 def test_a_value_of_the_wrong_type_is_named(key: str, value: object) -> None:
     with pytest.raises(InputError, match=rf"^here.{key}: .*, got ") as caught:
