@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from cluster.resources import ResourcesConfig
@@ -19,14 +19,14 @@ from csm.generators.importing import IMPORTERS
 from csm.locations import is_remote
 from csm.methods import Method
 from csm.mixing import NOISED
-from csm.parameters import STRICT, check_name, check_numbers, check_parameters
+from csm.parameters import STRICT, check_name, check_parameters
 from csm.planning import PlanConfig, check_kinds, ratio_grid
 from csm.posthoc import POSTHOC
 from csm.precision import Precision
 from csm.sampling import SamplerConfig
 from csm.tables import KINDS
 from flows.annotators import AnnotateConfig, check_annotators, check_asked, check_folder_name
-from flows.config_errors import explain
+from flows.config_errors import checked
 from flows.config_layers import merge, nested, parse_override, read, read_bundled, without_defaults, without_null, without_space
 from flows.masking import has_secret, masked
 from flows.methods import TrainConfig, check_teacher, check_train
@@ -197,12 +197,7 @@ def _refuse_secrets(value: Any, key: str) -> None:
 
 
 def _validate(values: dict[str, Any]) -> Config:
-    try:
-        config = TypeAdapter(Config).validate_python(values)
-    except ValidationError as error:
-        raise InputError(explain(error.errors(), Config)) from None
-    check_numbers(values, config, "")
-    return _check_names(config)
+    return _check_names(checked(Config, values))
 
 
 def _check_names(config: Config) -> Config:

@@ -1,12 +1,27 @@
-"""What is wrong with a setting, in one line for the user."""
+"""Settings as dataclasses, and what is wrong with one in one line for the user."""
 
 import dataclasses
 import difflib
 from collections.abc import Sequence
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from csm.parameters import expected
+from pydantic import TypeAdapter, ValidationError
+
+from csm.errors import InputError
+from csm.parameters import check_numbers, expected
+
+T = TypeVar("T")
+
+
+def checked(kind: type[T], values: Any) -> T:
+    """``values``, as read from YAML, as the dataclass ``kind``; ``InputError`` names the dotted key that is wrong."""
+    try:
+        made = TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise InputError(explain(error.errors(), kind)) from None
+    check_numbers(values, made, "")
+    return made
 
 
 def explain(errors: Sequence[Any], config: Any, where: str = "") -> str:

@@ -11,7 +11,7 @@ from csm.errors import InputError
 from csm.losses import HARD, SOFT, build_loss
 from csm.methods import Method, MixedTerm
 from csm.optimization import OptimizerConfig
-from csm.parameters import STRICT, check_name, check_parameters
+from csm.parameters import STRICT, check_name, check_numbers, check_parameters
 from csm.pixel_mixing import build_pixel_mixing
 from csm.planning import REAL
 from csm.schedules import OF_PAIRS, SCHEDULES, WITHOUT_PAIRS
@@ -145,6 +145,7 @@ def _check_method(train: TrainConfig, name: str, method: Method, annotate: Annot
             own = train.optimizer_of(method)
         except ValidationError as error:
             raise InputError(explain(error.errors(), OptimizerConfig, f"{where}.optimizer")) from None
+        check_numbers(method.optimizer, own, f"{where}.optimizer")
         if name in train.chosen:
             _check_optimizer(replace(train, optimizer=own), f"{where}.optimizer")
     if method.mixing:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from csm.errors import InputError
@@ -18,7 +18,7 @@ from csm.parameters import STRICT, check_name
 from csm.search.space import SearchSpace, parse_space
 from csm.tables import KINDS
 from flows.config import Config, plain
-from flows.config_errors import explain
+from flows.config_errors import checked
 from flows.config_layers import config_names, load_yaml, merge, nested
 
 BUNDLED = "bench/recipe.yaml"
@@ -117,11 +117,11 @@ def read_plan(path: Path | None = None) -> RecipePlan:
     try:
         text = (path or files("flows.configs").joinpath(BUNDLED)).read_text(encoding="utf-8")
         read = load_yaml(text)
-        plan = TypeAdapter(RecipePlan).validate_python({} if read is None else read)
+        plan = checked(RecipePlan, {} if read is None else read)
     except yaml.YAMLError as error:
         raise InputError(f"{where}not valid YAML: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        raise InputError(f"{where}{explain(error.errors(), RecipePlan)}") from None
+    except InputError as error:
+        raise InputError(f"{where}{error}") from None
     if len(plan.of_kind("recipe")) != 1:
         raise InputError(f"{where}methods: expected one of kind recipe, got {len(plan.of_kind('recipe'))}")
     for size in filter(None, (plan.full, plan.quick)):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from csm import storage
@@ -17,7 +17,7 @@ from csm.errors import InputError
 from csm.parameters import STRICT, check_name
 from flows.bench.recipe_plan import image_kinds, settings, with_methods
 from flows.config import Config, load_config
-from flows.config_errors import explain
+from flows.config_errors import checked
 from flows.config_layers import load_yaml, merge
 from flows.progress import say
 
@@ -92,9 +92,9 @@ def parse_study(name: str, values: Any) -> Study:
         InputError: a key is unknown, or lacks.
     """
     try:
-        return TypeAdapter(Study).validate_python(values)
-    except ValidationError as error:
-        raise InputError(f"study {name}: {explain(error.errors(), Study)}") from None
+        return checked(Study, values)
+    except InputError as error:
+        raise InputError(f"study {name}: {error}") from None
 
 
 def choose_studies(asked: Sequence[str], studies: Mapping[str, Study], datasets: Sequence[str] = ()) -> dict[str, Study]:

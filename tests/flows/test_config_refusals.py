@@ -70,6 +70,7 @@ def test_an_unknown_key_is_met_with_the_one_that_was_meant_wherever_it_stands_be
         ("train.optimizer.learning_rate=yes", "train.optimizer.learning_rate: expected a number, got True"),
         ("train.methods.csm.mixed.weight=false", "train.methods.csm.mixed.weight: expected a number, got False"),
         ("train.methods.focal.parameters.gamma=true", "train.methods.focal.parameters.gamma: expected a number, got True"),
+        ("train.methods.csm.optimizer={epochs: true}", "train.methods.csm.optimizer.epochs: expected a whole number, got True"),
         ("plan.ratios=[0, true]", "plan.ratios: expected a number, got True"),
         ("data.noise=false", "data.noise: expected a number, got False"),
         ("generator=5", "generator: expected a section with keys"),

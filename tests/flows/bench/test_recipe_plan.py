@@ -61,6 +61,7 @@ def test_what_a_method_needs_comes_along():
         ({"common": {"optimizer.learning_rate": {"low": 0.1, "high": 0.2}}}, "optimizer.learning_rate has no end"),
         ({"methods": {**SMALL["methods"], "a": {"kind": "loss", "like": "b"}}}, "methods.a.like: unknown 'b'; one of csm"),
         ({"full": {**SIZE, "methods": ["nope"]}}, "methods: unknown 'nope'; one of csm"),
+        ({"full": {**SIZE, "seeds": True}}, "full.seeds: expected a whole number, got True"),
         ({"full": {**SIZE, "epochs": 3}}, "full.epochs: no such setting; allowed: datasets, methods"),
         (
             {"methods": {**SMALL["methods"], "a": {"kind": "loss", "like": "csm", "space": {"loss": ["focal"]}}}},
